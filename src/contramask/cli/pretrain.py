@@ -1,0 +1,137 @@
+"""`contramask pretrain`: one YAML in, one run directory out; interrupted and continued at will."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from jsonargparse import Namespace
+
+from contramask.callbacks.checkpoint import Checkpoints
+from contramask.callbacks.export import Export
+from contramask.callbacks.finite import FiniteLoss
+from contramask.callbacks.online_probes import OnlineProbes
+from contramask.callbacks.pictures import Pictures
+from contramask.callbacks.preemption import (
+    Preemption,
+    environment_plugins,
+    keep_lightning_off_signals,
+)
+from contramask.callbacks.progress import Progress
+from contramask.callbacks.throughput import Throughput
+from contramask.checkpoints.runs import FREE, Run, open_run, run_name
+from contramask.cli.parser import Parser
+from contramask.cli.quiet import settle
+from contramask.cli.recipes import recipes
+from contramask.data.module import ImageShards
+from contramask.tracking.jsonl import JSONLLogger
+from contramask.tracking.wandb import Tracker, make_wandb
+from contramask.training.pretraining import Pretraining
+
+log = logging.getLogger(__name__)
+
+# Observers leave training bitwise as it is, so their settings may change when a run goes on.
+OBSERVERS = ("checkpoint*", "online*", "pictures*", "export*", "wandb*")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, open the run directory, train, export."""
+    if "--list" in argv:
+        recipes()
+        return
+    settle()
+    parser = build_parser()
+    pretrain(parser, parser.parse_args(list(argv)))
+
+
+def build_parser() -> Parser:
+    """The options of pretraining: a model, data, a trainer, and who watches."""
+    parser = Parser(prog="contramask pretrain", description=__doc__)
+    parser.add_argument("-c", "--config", action="config", help="a YAML file; later ones win")
+    parser.add_argument("--name", type=str | None, help="of the run; default: job id or time")
+    parser.add_argument("--root", type=str, default="runs", help="the directory of all runs")
+    parser.add_argument(
+        "--resume",
+        type=bool | Literal["auto"],
+        default="auto",
+        help="auto: continue the run of this name if it exists; true: insist; false: refuse",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
+    parser.add_argument("--list", action="store_true", help="show all recipes with a line each")
+    parser.add_class_arguments(Pretraining, "model", skip={"seed"}, sub_configs=True)
+    parser.add_class_arguments(ImageShards, "data", skip={"seed"}, sub_configs=True)
+    parser.add_class_arguments(
+        pl.Trainer,
+        "trainer",
+        skip={"logger", "enable_progress_bar", "gradient_clip_val", "gradient_clip_algorithm"},
+        fail_untyped=False,
+        instantiate=False,
+        sub_configs=True,
+    )
+    parser.add_class_arguments(Checkpoints, "checkpoint", skip={"folder"})
+    parser.add_class_arguments(Export, "export", skip={"folder", "data"})
+    parser.add_class_arguments(OnlineProbes, "online")
+    parser.add_class_arguments(Pictures, "pictures", skip={"folder"})
+    parser.add_function_arguments(make_wandb, "wandb", skip={"run_dir", "config", "name"})
+    parser.set_defaults(_defaults())
+    return parser
+
+
+def _defaults() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "trainer.precision": "bf16-mixed" if cuda else "32-true",
+        "trainer.sync_batchnorm": cuda,  # torch has none for CPUs
+        "trainer.log_every_n_steps": 20,
+        "trainer.use_distributed_sampler": False,
+        "trainer.enable_model_summary": False,
+        "trainer.enable_autolog_hparams": False,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.limit_val_batches": 0,
+        "checkpoint.monitor": "val/knn20_top1",
+    }
+
+
+def pretrain(parser: Parser, config: Namespace) -> Run:
+    """Train as the configuration says; continue the run of its name if there is one."""
+    resolved = {k: v for k, v in parser.plain(config).items() if k not in ("config", "list")}
+    source = config.config[-1] if config.config else None
+    name = run_name(config.name, Path(str(source)) if source else None)
+    run = open_run(
+        Path(config.root), name, resolved, resume=config.resume, free=(*FREE, *OBSERVERS)
+    )
+    pl.seed_everything(config.seed, workers=False, verbose=False)
+    config.model.seed = config.data.seed = config.seed
+    parts = parser.build(config)
+    trainer = _trainer(parts, run, resolved)
+    keep_lightning_off_signals(trainer)
+    log.info("run %s\n%s", run.path, parts.model.describe())
+    checkpoint = str(run.checkpoint) if run.checkpoint else None
+    trainer.fit(parts.model, parts.data, ckpt_path=checkpoint, weights_only=True)
+    return run
+
+
+def _trainer(parts: Namespace, run: Run, resolved: dict[str, Any]) -> pl.Trainer:
+    arguments = parts.trainer.as_dict()
+    parts.checkpoint.folder = run.checkpoints
+    parts.pictures.folder = run.path / "pictures"
+    parts.export.folder = run.path
+    images = parts.data.images
+    parts.export.data = {k: getattr(images, k) for k in ("size", "resize", "mean", "std")}
+    tracker = make_wandb(run.path, name=run.name, config=resolved, **parts.wandb.as_dict())
+    preemption = Preemption()
+    if isinstance(tracker, Tracker):
+        preemption.before_exit.append(tracker.mark_preempting)
+    # FiniteLoss first: the others should not meet features that are not finite.
+    watching = [FiniteLoss(), parts.online, parts.pictures, Throughput(), Progress()]
+    arguments["callbacks"] = [
+        *watching,
+        parts.export,
+        *(arguments["callbacks"] or []),
+        parts.checkpoint,
+        preemption,
+    ]
+    arguments["plugins"] = [*(arguments["plugins"] or []), *environment_plugins()]
+    return pl.Trainer(**arguments, logger=[JSONLLogger(run.path), tracker])

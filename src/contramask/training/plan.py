@@ -1,0 +1,61 @@
+"""The plan of a step: which passes the objectives read, and whether names agree."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from contramask.objectives.objective import Objective
+from contramask.types import Pass, Spec, UserError
+
+
+def plan(terms: Mapping[str, Objective]) -> tuple[Pass, ...]:
+    """The distinct passes of all objectives; teachers first, so that masks could ask them."""
+    passes = dict.fromkeys(p for term in terms.values() for p in term.passes)
+    return tuple(sorted(passes, key=lambda p: p.net == "student"))
+
+
+def agree(what: str, given: Any, of: str, needed: Any) -> None:
+    # A dict in a later YAML replaces an earlier one whole: a dropped key must not pass in silence.
+    if set(given) != set(needed):
+        raise UserError(
+            f"model.{what} has {sorted(given)}, {of} are {sorted(needed)}: exactly these keys are "
+            f"needed; set model.{what}"
+        )
+
+
+def check_sizes(passes: Iterable[Pass], sizes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
+    """Refuse crops that are not whole patches, or not the grid that masks are drawn for.
+
+    Args:
+        passes: of the plan.
+        sizes: (height, width) of the crops of each view, in pixels.
+        spec: of the backbone.
+    """
+    trained = tuple(n * spec.patch for n in spec.grid)
+    for reads in passes:
+        height, width = sizes[reads.view]
+        where = f"set data.views.{reads.view}.size or the backbone's"
+        if height % spec.patch or width % spec.patch:
+            raise UserError(
+                f"crops of view {reads.view!r} are {height} x {width} pixels, no whole number of "
+                f"patches of {spec.patch}; {where} patch_size"
+            )
+        if reads.mask is not None and (height, width) != trained:
+            raise UserError(
+                f"crops of view {reads.view!r} are {height} x {width} pixels, mask {reads.mask!r} "
+                f"is drawn for {trained[0]} x {trained[1]}; {where} img_size"
+            )
+
+
+def describe(
+    parameters: Iterable[nn.Parameter], passes: Iterable[Pass], terms: Mapping[str, Objective]
+) -> str:
+    """What will be computed in a step and how many parameters there are, in a few lines."""
+    count = {True: 0, False: 0}
+    for parameter in parameters:
+        count[parameter.requires_grad] += parameter.numel()
+    lines = [f"{count[True] / 1e6:.1f} M trained parameters, {count[False] / 1e6:.1f} M fixed"]
+    lines += [f"pass {p}" for p in passes]
+    lines += [f"loss {k}: {type(v).__name__}" for k, v in terms.items()]
+    return "\n".join(lines)

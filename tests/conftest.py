@@ -1,0 +1,47 @@
+"""The strict world of the tests: one thread, real data where it is, sizes that all differ."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def data_root() -> Path:
+    """Where the real images are: $CONTRAMASK_DATA, else beside the repository."""
+    return Path(os.environ.get("CONTRAMASK_DATA", REPO.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Bitwise comparisons need one order of summation whatever the machine.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data("cifar10")`: the folder of a real data set, or a skip that says why."""
+
+    def find(name: str) -> Path:
+        folder = data_root() / name
+        if not folder.is_dir():
+            pytest.skip(f"no {folder}: set CONTRAMASK_DATA to the folder that holds {name}/")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """`parity("mae")`: tensors made by the authors' own code, or a skip that says why."""
+
+    def load(name: str) -> dict:
+        root = Path(os.environ.get("CONTRAMASK_PARITY", REPO.parent / "shared" / "parity"))
+        path = root / f"{name}.pt"
+        if not path.is_file():
+            pytest.skip(f"no {path}: set CONTRAMASK_PARITY to the folder that holds {name}.pt")
+        return torch.load(path, weights_only=True)
+
+    return load

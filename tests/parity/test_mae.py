@@ -1,0 +1,161 @@
+"""MAE against tensors of the authors' own code: features, loss, gradients, schedule, groups."""
+
+import pytest
+import torch
+
+from contramask.functional.patches import patchify, sincos
+from contramask.masks import RandomMasking
+from contramask.models.vit import VisionTransformer
+from contramask.objectives.mae import MAE
+from contramask.optim import LARS, Optim, Rule
+from contramask.schedule import Schedule
+from contramask.types import Mask, Pass, Step
+
+STEP = Step(0, 0.0)
+READS = Pass("mild", "random")
+
+
+def ours(name: str) -> str:
+    """The name a parameter of the official code has here."""
+    if name.startswith("decoder_") or name == "mask_token":
+        name = name.replace("decoder_pred", "out").replace("decoder_pos_embed", "positions")
+        return "objective.decoder." + name.removeprefix("decoder_")
+    return "backbone.vit." + name
+
+
+@pytest.fixture(scope="module")
+def official(parity):
+    return parity("mae")
+
+
+@pytest.fixture
+def model(official):
+    c = official["config"]
+    backbone = VisionTransformer(
+        "vit_small_patch16_224",
+        img_size=c["img_size"],
+        patch_size=c["patch"],
+        positions="sincos",
+        init="mae",
+        timm={"embed_dim": c["dim"], "depth": c["depth"], "num_heads": c["heads"]},
+    )
+    sizes = {"dim": c["dec_dim"], "depth": c["dec_depth"], "heads": c["dec_heads"]}
+    objective = MAE(backbone.spec, mask="random", **sizes)
+    model = torch.nn.ModuleDict({"backbone": backbone, "objective": objective})
+    state = {}
+    for key, value in official["state_dict"].items():
+        if key == "decoder_pos_embed":
+            torch.testing.assert_close(objective.decoder.positions, value[0, 1:], atol=1e-6, rtol=0)
+            continue
+        state[ours(key)] = value.flatten() if key == "mask_token" else value
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def mask_of(noise: torch.Tensor, visible: int) -> Mask:
+    hidden = noise.argsort(1).argsort(1) >= visible
+    return Mask(hidden, hidden[:, None], visible)
+
+
+def run(model, official):
+    mask = mask_of(official["noise"], 16)
+    tokens = model["backbone"](official["imgs"], mask)
+    batch = {"views": {"mild": official["imgs"][None]}, "label": torch.zeros(4), "position": 0}
+    return tokens, model["objective"]({READS: tokens}, batch, STEP)
+
+
+def test_positions(official):
+    table = sincos(768, (14, 14))
+    torch.testing.assert_close(table, official["sincos_224_768"][1:].float(), atol=1e-6, rtol=0)
+    backbone = VisionTransformer(
+        img_size=64,
+        patch_size=8,
+        positions="sincos",
+        timm={"embed_dim": 96, "depth": 1, "num_heads": 3},
+    )
+    assert not backbone.vit.pos_embed.requires_grad
+    torch.testing.assert_close(
+        backbone.vit.pos_embed[0].detach(), official["sincos_tiny"].float(), atol=1e-6, rtol=0
+    )
+
+
+def test_features(model, official):
+    tokens = model["backbone"](official["imgs"])
+    found = torch.cat([tokens.prefix, tokens.patch], 1)
+    torch.testing.assert_close(found, official["features_unmasked"], atol=5e-6, rtol=0)
+
+
+def test_masked_features(model, official):
+    tokens, _ = run(model, official)
+    kept = official["noise"].argsort(1)[:, :16]  # the authors keep the shuffled order
+    order = kept.argsort(1)[..., None].expand(-1, -1, 96)
+    latent = official["norm_pix"]["latent"]
+    torch.testing.assert_close(tokens.cls, latent[:, 0], atol=5e-6, rtol=0)
+    torch.testing.assert_close(tokens.patch, latent[:, 1:].gather(1, order), atol=5e-6, rtol=0)
+    assert torch.equal(tokens.mask.hidden, official["norm_pix"]["mask"].bool())
+
+
+def test_loss_and_every_gradient(model, official):
+    tokens, loss = run(model, official)
+    # Their stored target is the patches before they are normalised.
+    assert torch.equal(patchify(official["imgs"], 8), official["norm_pix"]["target"])
+    prediction = model["objective"].decoder(tokens)
+    torch.testing.assert_close(prediction, official["norm_pix"]["pred"], atol=5e-6, rtol=0)
+    assert loss.value.item() == pytest.approx(official["norm_pix"]["loss"], rel=1e-5)
+    loss.value.backward()
+    parameters, seen = dict(model.named_parameters()), set()
+    for key, gradient in official["norm_pix"]["grads"].items():
+        if gradient is None:
+            assert key in ("pos_embed", "decoder_pos_embed")
+            continue
+        found = parameters[ours(key)].grad
+        limit = 5e-5 * gradient.abs().max()
+        assert (found - gradient.reshape(found.shape)).abs().max() <= limit, key
+        seen.add(ours(key))
+    assert seen == {n for n, p in parameters.items() if p.requires_grad}
+
+
+def test_loss_of_raw_pixels(model, official):
+    model["objective"].normalise = False
+    _, loss = run(model, official)
+    assert loss.value.item() == pytest.approx(official["raw_pix"]["loss"], rel=1e-5)
+
+
+def test_masking_keeps_the_smallest_noise(official):
+    spec = VisionTransformer(img_size=64, patch_size=8, timm={"depth": 1}).spec
+
+    class Drawn(Step):
+        def rand(self, name, batch, *shape, device="cpu"):
+            return official["noise"][:, None]
+
+    mask = RandomMasking(spec, ratio=0.75).sample("m", 4, 1, Drawn(0, 0.0), "cpu")
+    assert torch.equal(mask.hidden, official["norm_pix"]["mask"].bool())
+    assert mask.visible == 16
+
+
+def test_learning_rate(official):
+    a = official["lr_sched"]["args"]
+    schedule = Schedule(peak=a["lr"], end=a["min_lr"], warmup=a["warmup"] / a["epochs"])
+    for epoch, lr in official["lr_sched"]["values"]:
+        assert schedule(epoch / a["epochs"]) == pytest.approx(lr, rel=1e-9, abs=1e-15)
+
+
+def test_decay_groups(model, official):
+    # As in the recipe: the authors' mask token is (1, 1, D), hence decayed; here it is a vector.
+    rules = [Rule("mask_token"), Rule(ndim=1, decay=0.0)]
+    groups = Optim(rules=rules, decay=0.05).groups(model.named_parameters())
+    found = {g["decay_factor"] * 0.05: set(g["names"]) for g in groups}
+    for group in official["wd_groups"]:
+        assert found[group["wd"]] == {ours(n) for n in group["names"]}
+
+
+def test_lars(official):
+    case = official["lars"]
+    w, b = (torch.nn.Parameter(case[k].clone()) for k in ("w0", "b0"))
+    optimizer = LARS([w, b], lr=case["lr"], momentum=case["momentum"], eta=case["eta"])
+    optimizer.param_groups[0]["weight_decay"] = case["wd"]
+    for grads, (w_next, b_next) in zip(case["grads"], case["traj"], strict=True):
+        w.grad, b.grad = grads
+        optimizer.step()
+        torch.testing.assert_close(w.data, w_next, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(b.data, b_next, atol=1e-6, rtol=1e-6)
