@@ -1,6 +1,7 @@
 import logging
 import os
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,6 +117,12 @@ def test_pipe_runs_only_when_allowed(folder):
         assert stream.read() == b"x" * 10
     with storage.open_stream("pipe:exit 3") as stream, pytest.raises(OSError, match="code 3"):
         stream.read()
+
+
+def test_a_closed_pipe_leaves_no_process():
+    with storage.open_stream("pipe:echo started; cat /dev/zero") as stream:
+        assert stream.read(7) == b"started"
+    assert psutil.Process().children() == []
 
 
 # ---- bytes ----------------------------------------------------------------------------------
