@@ -1,48 +1,16 @@
-"""Where patches are hidden. Masks are named in the configuration, because sharing is by name.
+"""Patches hidden independently of their neighbours, one by one or in square units.
 
-They are drawn on the device, for all images at once, from the place of each image (`Step.rand`).
+Drawn on the device, for all images at once.
 """
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 
+from contramask.masks.masking import Masking, check_ratio
 from contramask.types import Mask, Spec, Step, UserError
-
-
-class Masking(nn.Module, ABC):
-    """A way of hiding patches, and what stands in their place (`fill`; None: they are dropped).
-
-    The fill belongs to the mask: a mask token inside the backbone would be a parameter without
-    gradient in every run that hides nothing, which stops DDP.
-    """
-
-    fill: nn.Parameter | None
-
-    def __init__(self, spec: Spec, *, fill: bool):
-        super().__init__()
-        # Clipped at one standard deviation, as SimMIM and BEiT initialise their mask token.
-        self.fill = nn.Parameter(torch.empty(spec.dim)) if fill else None
-        if self.fill is not None:
-            nn.init.trunc_normal_(self.fill, std=0.02, a=-0.02, b=0.02)
-
-    @abstractmethod
-    def sample(
-        self, name: str, batch: int, crops: int, step: Step, device: torch.device | str
-    ) -> Mask:
-        """Draw a mask for `crops` crops of each of `batch` images: crop-major (VB, N)."""
-
-
-def _ratio(ratio: float) -> float:
-    if not 0 < ratio < 1:
-        raise UserError(
-            f"mask ratio is {ratio}; it is the hidden fraction of an image, strictly between 0 "
-            "and 1; set it at model.masks.NAME.init_args.ratio"
-        )
-    return ratio
 
 
 def _hide_largest(
@@ -74,7 +42,7 @@ class RandomMasking(Masking):
 
     def __init__(self, spec: Spec, *, ratio: float = 0.75, fill: bool = False):
         super().__init__(spec, fill=fill)
-        self.grid, self.visible = spec.grid, int(spec.patches * (1 - _ratio(ratio)))
+        self.grid, self.visible = spec.grid, int(spec.patches * (1 - check_ratio(ratio)))
         if self.visible < 1:
             raise UserError(
                 f"mask ratio {ratio} hides all {spec.patches} patches of an image; at least one "
@@ -112,7 +80,7 @@ class UnitMasking(Masking):
             )
         self.units = (rows // self.scale, columns // self.scale)
         total = self.units[0] * self.units[1]
-        self.visible = total - math.ceil(_ratio(ratio) * total)
+        self.visible = total - math.ceil(check_ratio(ratio) * total)
         if self.visible < 1:
             raise UserError(
                 f"mask ratio {ratio} hides all {total} units of an image; at least one must stay "
