@@ -64,9 +64,9 @@ def run(model, official):
     return tokens, model["objective"]({READS: tokens}, batch, STEP)
 
 
-def test_positions(official):
-    table = sincos(768, (14, 14))
-    torch.testing.assert_close(table, official["sincos_224_768"][1:].float(), atol=1e-6, rtol=0)
+def test_positions(official, close):
+    table = torch.cat([torch.zeros(1, 768), sincos(768, (14, 14))])
+    close("positions", table, official["sincos_224_768"], absolute=1e-6)
     backbone = VisionTransformer(
         img_size=64,
         patch_size=8,
@@ -74,51 +74,47 @@ def test_positions(official):
         timm={"embed_dim": 96, "depth": 1, "num_heads": 3},
     )
     assert not backbone.vit.pos_embed.requires_grad
-    torch.testing.assert_close(
-        backbone.vit.pos_embed[0].detach(), official["sincos_tiny"].float(), atol=1e-6, rtol=0
-    )
+    close("positions", backbone.vit.pos_embed[0], official["sincos_tiny"], absolute=1e-6)
 
 
-def test_features(model, official):
+def test_features(model, official, close):
     tokens = model["backbone"](official["imgs"])
     found = torch.cat([tokens.prefix, tokens.patch], 1)
-    torch.testing.assert_close(found, official["features_unmasked"], atol=5e-6, rtol=0)
+    close("features", found, official["features_unmasked"], absolute=5e-6)
 
 
-def test_masked_features(model, official):
+def test_masked_features(model, official, close):
     tokens, _ = run(model, official)
     kept = official["noise"].argsort(1)[:, :16]  # the authors keep the shuffled order
     order = kept.argsort(1)[..., None].expand(-1, -1, 96)
     latent = official["norm_pix"]["latent"]
-    torch.testing.assert_close(tokens.cls, latent[:, 0], atol=5e-6, rtol=0)
-    torch.testing.assert_close(tokens.patch, latent[:, 1:].gather(1, order), atol=5e-6, rtol=0)
+    close("masked features", tokens.cls, latent[:, 0], absolute=5e-6)
+    close("masked features", tokens.patch, latent[:, 1:].gather(1, order), absolute=5e-6)
     assert torch.equal(tokens.mask.hidden, official["norm_pix"]["mask"].bool())
 
 
-def test_loss_and_every_gradient(model, official):
+def test_loss_and_every_gradient(model, official, close):
     tokens, loss = run(model, official)
     # Their stored target is the patches before they are normalised.
-    assert torch.equal(patchify(official["imgs"], 8), official["norm_pix"]["target"])
+    close("target", patchify(official["imgs"], 8), official["norm_pix"]["target"], absolute=1e-12)
     prediction = model["objective"].decoder(tokens)
-    torch.testing.assert_close(prediction, official["norm_pix"]["pred"], atol=5e-6, rtol=0)
-    assert loss.value.item() == pytest.approx(official["norm_pix"]["loss"], rel=1e-5)
+    close("prediction", prediction, official["norm_pix"]["pred"], absolute=5e-6)
+    close("loss", loss.value, official["norm_pix"]["loss"], relative=1e-5)
     loss.value.backward()
     parameters, seen = dict(model.named_parameters()), set()
     for key, gradient in official["norm_pix"]["grads"].items():
         if gradient is None:
             assert key in ("pos_embed", "decoder_pos_embed")
             continue
-        found = parameters[ours(key)].grad
-        limit = 5e-5 * gradient.abs().max()
-        assert (found - gradient.reshape(found.shape)).abs().max() <= limit, key
+        close("gradients", parameters[ours(key)].grad, gradient, key, of_max=5e-5)
         seen.add(ours(key))
     assert seen == {n for n, p in parameters.items() if p.requires_grad}
 
 
-def test_loss_of_raw_pixels(model, official):
+def test_loss_of_raw_pixels(model, official, close):
     model["objective"].normalise = False
     _, loss = run(model, official)
-    assert loss.value.item() == pytest.approx(official["raw_pix"]["loss"], rel=1e-5)
+    close("loss of raw pixels", loss.value, official["raw_pix"]["loss"], relative=1e-5)
 
 
 def test_masking_keeps_the_smallest_noise(official):
@@ -149,7 +145,7 @@ def test_decay_groups(model, official):
         assert found[group["wd"]] == {ours(n) for n in group["names"]}
 
 
-def test_lars(official):
+def test_lars(official, close):
     case = official["lars"]
     w, b = (torch.nn.Parameter(case[k].clone()) for k in ("w0", "b0"))
     optimizer = LARS([w, b], lr=case["lr"], momentum=case["momentum"], eta=case["eta"])
@@ -157,5 +153,5 @@ def test_lars(official):
     for grads, (w_next, b_next) in zip(case["grads"], case["traj"], strict=True):
         w.grad, b.grad = grads
         optimizer.step()
-        torch.testing.assert_close(w.data, w_next, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(b.data, b_next, atol=1e-6, rtol=1e-6)
+        close("LARS", w, w_next, absolute=1e-6)
+        close("LARS", b, b_next, absolute=1e-6)

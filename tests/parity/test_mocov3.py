@@ -69,17 +69,14 @@ def run(model, official):
     return feats, model.objective(feats, batch, Step(0, 0.0))
 
 
-def test_positions(official):
-    expected = official["sincos_224_768"][0]
-    torch.testing.assert_close(
-        sincos(768, (14, 14), rows_first=True), expected[1:], atol=1e-5, rtol=0
-    )
-    assert not expected[0].any()
+def test_positions(official, close):
+    table = torch.cat([torch.zeros(1, 768), sincos(768, (14, 14), rows_first=True)])
+    close("positions", table, official["sincos_224_768"], absolute=1e-5)
 
 
-def test_features(model, official):
+def test_features(model, official, close):
     found = model.eval().backbone(official["x1"]).cls
-    torch.testing.assert_close(found, official["features_cls_eval"], atol=5e-6, rtol=0)
+    close("features", found, official["features_cls_eval"], absolute=5e-6)
 
 
 def test_what_is_trained(model, official):
@@ -90,7 +87,7 @@ def test_what_is_trained(model, official):
     assert not any(p.requires_grad for p in model.teacher.parameters())
 
 
-def test_queries_and_keys(model, official):
+def test_queries_and_keys(model, official, close):
     feats, _ = run(model, official)
     # Batch norm saw each view once already in `run`; in train mode its output depends on the batch
     # alone, so asking again gives the same.
@@ -100,12 +97,12 @@ def test_queries_and_keys(model, official):
     ]
     k = [model.objective.teacher(x) for x in feats[Pass("global", net="teacher")].cls.chunk(2)]
     for found, name in zip(q + k, ("q1", "q2", "k1", "k2"), strict=True):
-        torch.testing.assert_close(found, official[name], atol=2e-5, rtol=2e-5)
+        close("queries and keys", found, official[name], name, of_max=2e-5)
 
 
-def test_loss_gradients_and_state_after(model, official):
+def test_loss_gradients_and_state_after(model, official, close):
     _, loss = run(model, official)
-    assert loss.value.item() == pytest.approx(official["loss"], rel=1e-5)
+    close("loss", loss.value, official["loss"], relative=1e-5)
     loss.value.backward()
     parameters = dict(model.named_parameters())
     for name, gradient in official["grads"].items():
@@ -113,31 +110,31 @@ def test_loss_gradients_and_state_after(model, official):
         if gradient is None:
             assert found is None, name
             continue
-        # The bias of the final norm has no gradient: batch norm follows. What is left is noise.
-        limit = 1e-6 if name == "base_encoder.norm.bias" else 5e-5 * gradient.abs().max()
-        assert (found - gradient).abs().max() <= limit, name
+        if name == "base_encoder.norm.bias":  # batch norm follows: what is left is noise
+            close("gradients of nothing", found, gradient, name, absolute=1e-6)
+        else:
+            close("gradients", found, gradient, name, of_max=5e-5)
     after = model.state_dict()
     for name, expected in official["state_after"].items():
-        torch.testing.assert_close(after[ours(name)], expected, atol=2e-6, rtol=1e-5, msg=name)
+        close("state after the step", after[ours(name)], expected, name, absolute=2e-6)
 
 
-def test_each_direction(official):
+def test_each_direction(official, close):
     norm = {k: F.normalize(official[k], dim=-1) for k in ("q1", "q2", "k1", "k2")}
     for q, k, name in (("q1", "k2", "loss_q1k2"), ("q2", "k1", "loss_q2k1")):
         loss = 2 * 0.2 * infonce(norm[q], norm[k], 0.2)
-        assert loss.item() == pytest.approx(official[name], rel=1e-5)
+        close("loss of a direction", loss, official[name], relative=1e-5)
 
 
-def test_two_ranks_given_their_keys(official):
+def test_two_ranks_given_their_keys(official, close):
     case = official["two_rank"]
     keys = F.normalize(case["k"], dim=-1).flatten(0, 1)
     for rank in range(2):
         q = case["q"][rank].clone().requires_grad_()
         loss = 0.4 * infonce(F.normalize(q, dim=-1), keys, 0.2, offset=5 * rank)
         loss.backward()
-        assert loss.item() == pytest.approx(case["loss"][rank], rel=1e-5)
-        limit = 5e-5 * case["grad_q"][rank].abs().max()
-        assert (q.grad - case["grad_q"][rank]).abs().max() <= limit
+        close("loss of two ranks", loss, case["loss"][rank], relative=1e-5)
+        close("gradients of two ranks", q.grad, case["grad_q"][rank], of_max=5e-5)
 
 
 def test_schedules(official):
