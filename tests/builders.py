@@ -8,10 +8,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from contramask.masks import RandomMasking, UnitMasking
+from contramask.masks import BlockMasking, RandomMasking, UnitMasking
 from contramask.models.ema import EmaCopy
 from contramask.models.vit import VisionTransformer
 from contramask.objectives.mae import MAE
+from contramask.objectives.maskfeat import MaskFeat
 from contramask.objectives.moco import MoCoV3
 from contramask.objectives.simclr import SimCLR
 from contramask.objectives.simmim import SimMIM
@@ -76,16 +77,19 @@ def toy_batch(position: int, batch: int, dtype: torch.dtype = torch.float32) -> 
 MASKED: dict[str, Any] = {
     "mae": partial(MAE, mask="random", dim=16, depth=1, heads=2),
     "simmim": partial(SimMIM, mask="units"),
+    "maskfeat": partial(MaskFeat, mask="blocks", cell=2, window=4),
 }
 MASKS: dict[str, Any] = {
     "random": RandomMasking,
     "units": partial(UnitMasking, unit=4),
+    "blocks": partial(BlockMasking, count=9, smallest=3),
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "moco": {"contrast": partial(MoCoV3, hidden=32, out=8)},
     "simclr": {"contrast": partial(SimCLR, hidden=32, out=8)},
     "mae": {"masked": MASKED["mae"]},
     "simmim": {"masked": MASKED["simmim"]},
+    "maskfeat": {"masked": MASKED["maskfeat"]},
     "hybrid": {"contrast": partial(MoCoV3, hidden=32, out=8), "masked": MASKED["simmim"]},
     "hybrid_shared": {
         "contrast": partial(MoCoV3, hidden=32, out=8, mask="units"),

@@ -15,7 +15,7 @@ from contramask.types import Batch, Pass, Spec, Step, Tokens, UserError
 from tests.builders import randn
 
 SPEC = Spec(dim=20, patch=4, grid=(3, 5), depth=2)
-SMALL = {"hidden": 28, "out": 12, "dim": 16, "depth": 1, "heads": 2}
+SMALL = {"hidden": 28, "out": 12, "dim": 16, "depth": 1, "heads": 2, "cell": 2, "window": 4}
 STEP, IMAGES, REGISTERS = Step(7, 0.3, seed=1), 5, 2
 
 

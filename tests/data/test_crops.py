@@ -55,7 +55,9 @@ def test_every_configuration_is_read(path):
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("name", ["mocov3", "simclr", "mae", "simmim", "multicrop", "hybrid"])
+@pytest.mark.parametrize(
+    "name", ["mocov3", "simclr", "mae", "simmim", "maskfeat", "multicrop", "hybrid"]
+)
 def test_recipes_have_their_papers_views(name, small):
     text = (CONFIGS / f"{name}{'_cifar' * small}.yaml").read_text()
     assert "arXiv:" in text.split("\n\n")[0]
@@ -63,6 +65,7 @@ def test_recipes_have_their_papers_views(name, small):
     assert set(groups) == {
         "mae": {"mild"},
         "simmim": {"mild"},
+        "maskfeat": {"mild"},
         "multicrop": {"global", "local"},
         "hybrid": {"global", "mild"},
     }.get(name, {"global"})
