@@ -7,8 +7,6 @@ import timm
 import torch
 from jaxtyping import Float
 from timm.layers.patch_embed import PatchEmbed
-from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.layers.pos_embed_rel import RelPosBias
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
@@ -16,9 +14,10 @@ from torch import Tensor, nn
 from contramask.functional.patches import sincos
 from contramask.models.backbone import Backbone
 from contramask.models.initialise import INITIALISE, Init
+from contramask.models.positions import Interpolation, RelativeBias, resize_positions
 from contramask.types import Mask, Spec, Tokens, UserError
 
-Positions = Literal["learned", "sincos", "sincos_rows_first", "relative"]
+Positions = Literal["learned", "sincos", "sincos_rows_first", "relative", "relative_per_block"]
 
 # What timm would take and the forward here, the sizes or DDP would not, and what to do instead.
 ELSEWHERE = {
@@ -49,7 +48,9 @@ class VisionTransformer(Backbone):
         patch_size: side of a patch in pixels; None: as the name says.
         positions: `learned`; `sincos`, fixed, column first (MAE); `sincos_rows_first`, fixed, row
             first (MoCo v3: the transpose); `relative`, a learned bias of the attention shared by
-            all blocks and no absolute positions (SimMIM, BEiT).
+            all blocks and no absolute positions (SimMIM, BEiT); `relative_per_block`, one bias
+            for each block (fine-tuned BEiT).
+        interpolation: of absolute positions, for crops of other sizes; see `resize_positions`.
         init: initialisation of the weights: timm's own or an official code's.
         freeze_patch_embed: keep the random patch projection fixed (MoCo v3, arXiv:2104.02057).
         timm: further arguments of timm's model by its own names: `embed_dim`, `depth`,
@@ -66,6 +67,7 @@ class VisionTransformer(Backbone):
         img_size: int | tuple[int, int] = 224,
         patch_size: int | None = None,
         positions: Positions = "learned",
+        interpolation: Interpolation = "antialias",
         init: Init = "timm",
         freeze_patch_embed: bool = False,
         timm: dict[str, Any] | None = None,
@@ -76,6 +78,7 @@ class VisionTransformer(Backbone):
             "img_size": img_size,
             "patch_size": patch_size,
             "positions": positions,
+            "interpolation": interpolation,
             "init": init,
             "freeze_patch_embed": freeze_patch_embed,
             "timm": dict(timm or {}),
@@ -85,7 +88,7 @@ class VisionTransformer(Backbone):
         patch = _square(self.vit.patch_embed.patch_size)
         grid = _grid(img_size, patch)
         self.spec = Spec(self.vit.embed_dim, patch, grid, len(self.vit.blocks))
-        self.bias = self._relative_bias() if positions == "relative" else None
+        self.bias = self._relative_bias(positions) if positions.startswith("relative") else None
         INITIALISE[init](self.vit)
         if positions.startswith("sincos"):
             self._fix_positions(rows_first=positions == "sincos_rows_first")
@@ -97,7 +100,7 @@ class VisionTransformer(Backbone):
         arguments: dict[str, Any] = {"img_size": self.config["img_size"], "num_classes": 0}
         if self.config["patch_size"] is not None:
             arguments["patch_size"] = self.config["patch_size"]
-        if self.config["positions"] == "relative":
+        if self.config["positions"].startswith("relative"):
             arguments["pos_embed"] = "none"
         # Token pooling keeps the final norm where tokens see it: 'avg' would move it to fc_norm.
         return {"global_pool": "token", **arguments, **self.config["timm"]}
@@ -123,9 +126,9 @@ class VisionTransformer(Backbone):
         if mask is not None and fill is None:
             x = x.gather(1, mask.kept()[..., None].expand(-1, -1, x.shape[2]))  # (B, n, D)
         x = vit.norm_pre(vit.pos_drop(torch.cat([prefix, x], 1)))
-        bias = self._attention_bias(grid, dropped=mask is not None and fill is None)
+        biases = self._attention_biases(grid, dropped=mask is not None and fill is None)
         outputs: dict[int, Tensor] = {}
-        for i, block in enumerate(vit.blocks):
+        for i, (block, bias) in enumerate(zip(vit.blocks, biases, strict=True)):
             x = block(x) if bias is None else block(x, attn_mask=bias)
             if i in layers:
                 outputs[i] = x
@@ -141,34 +144,34 @@ class VisionTransformer(Backbone):
         if vit.pos_embed is None:
             return first, x
         count = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        table: Tensor = vit.pos_embed
-        if grid != self.spec.grid:
-            table = resample_abs_pos_embed(
-                table, new_size=list(grid), old_size=list(self.spec.grid), num_prefix_tokens=count
-            )
+        method = self.config["interpolation"]
+        table = resize_positions(vit.pos_embed, self.spec.grid, grid, count, method)
         return (first if count == 0 else first + table[:, :count]), x + table[:, count:]
 
-    def _relative_bias(self) -> nn.Module:
+    def _relative_bias(self, positions: Positions) -> RelativeBias | nn.ModuleList:
         if self.vit.num_prefix_tokens != 1:
             raise UserError(
-                f"positions: relative needs one class token and no registers, the model has "
+                f"positions: {positions} needs one class token and no registers, the model has "
                 f"{self.vit.num_prefix_tokens} prefix tokens; set model.backbone.init_args.timm"
             )
         heads: int = self.vit.blocks[0].attn.num_heads  # pyright: ignore
-        bias = RelPosBias(window_size=self.spec.grid, num_heads=heads, prefix_tokens=1)
-        nn.init.zeros_(bias.relative_position_bias_table)  # SimMIM, BEiT; timm draws it
-        return bias
+        if positions == "relative":
+            return RelativeBias(self.spec.grid, heads)
+        return nn.ModuleList(RelativeBias(self.spec.grid, heads) for _ in self.vit.blocks)
 
-    def _attention_bias(self, grid: tuple[int, int], *, dropped: bool) -> Tensor | None:
+    def _attention_biases(self, grid: tuple[int, int], *, dropped: bool) -> list[Tensor | None]:
+        """One for each block."""
         if self.bias is None:
-            return None
+            return [None] * self.spec.depth
         if dropped or grid != self.spec.grid:
             raise UserError(
                 f"positions: relative knows the whole grid of {self.spec.grid} patches only, given "
                 f"{'dropped patches' if dropped else f'a grid of {grid}'}; use a mask with fill: "
                 "true and crops of one size, or other positions"
             )
-        return self.bias.get_bias()  # pyright: ignore[reportCallIssue]
+        if isinstance(self.bias, RelativeBias):
+            return [self.bias.get_bias()] * self.spec.depth
+        return [bias.get_bias() for bias in self.bias]  # pyright: ignore[reportCallIssue]
 
     @torch.no_grad()
     def _fix_positions(self, *, rows_first: bool) -> None:
