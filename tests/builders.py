@@ -8,9 +8,20 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from contramask.masks import BlockMasking, RandomMasking, UnitMasking
+from contramask.masks import (
+    BlockMasking,
+    MultiblockMasking,
+    RandomMasking,
+    StratifiedBlockMasking,
+    UnitMasking,
+    VariedBlockMasking,
+)
 from contramask.models.ema import EmaCopy
 from contramask.models.vit import VisionTransformer
+from contramask.objectives.dino import DINO
+from contramask.objectives.ibot import IBOT
+from contramask.objectives.ijepa import IJEPA
+from contramask.objectives.koleo import KoLeo
 from contramask.objectives.mae import MAE
 from contramask.objectives.maskfeat import MaskFeat
 from contramask.objectives.moco import MoCoV3
@@ -63,12 +74,12 @@ class ToyStream:
 def toy_batch(position: int, batch: int, dtype: torch.dtype = torch.float32) -> Batch:
     """Every image is a function of its own place, whatever batch it is in."""
 
-    def crops(number: int, name: int) -> torch.Tensor:
-        drawn = [exact(number, 3, *SIZE, seed=2 * (position + i) + name) for i in range(batch)]
+    def crops(number: int, name: int, size: tuple[int, int] = SIZE) -> torch.Tensor:
+        drawn = [exact(number, 3, *size, seed=2 * (position + i) + name) for i in range(batch)]
         return 2 * torch.stack(drawn, 1).to(dtype)  # (V, B, 3, H, W)
 
     return Batch(
-        views={"global": crops(2, 0), "mild": crops(1, 1)},
+        views={"global": crops(2, 0), "mild": crops(1, 1), "local": crops(3, 10**6, (8, 12))},
         label=torch.full((batch,), -1),
         position=position,
     )
@@ -78,18 +89,32 @@ MASKED: dict[str, Any] = {
     "mae": partial(MAE, mask="random", dim=16, depth=1, heads=2),
     "simmim": partial(SimMIM, mask="units"),
     "maskfeat": partial(MaskFeat, mask="blocks", cell=2, window=4),
+    "ijepa": partial(IJEPA, mask="multiblock", dim=16, depth=1, heads=2),
 }
 MASKS: dict[str, Any] = {
     "random": RandomMasking,
     "units": partial(UnitMasking, unit=4),
+    "varied": partial(VariedBlockMasking, whole=0.3),
+    "stratified": StratifiedBlockMasking,
     "blocks": partial(BlockMasking, count=9, smallest=3),
+    "multiblock": partial(MultiblockMasking, least=2, reach=True),
 }
+PROTOTYPES = {"hidden": 32, "bottleneck": 6, "out": 10}
 RECIPES: dict[str, dict[str, Any]] = {
+    "dino": {"distil": partial(DINO, **PROTOTYPES, norm_last_layer=False)},
+    "ibot": {"distil": partial(IBOT, mask="varied", patch_out=14, sharing="split", **PROTOTYPES)},
+    "dinov2": {
+        "distil": partial(
+            IBOT, mask="stratified", sharing="separate", targets="sinkhorn", **PROTOTYPES
+        ),
+        "spread": partial(KoLeo, mask="stratified"),
+    },
     "moco": {"contrast": partial(MoCoV3, hidden=32, out=8)},
     "simclr": {"contrast": partial(SimCLR, hidden=32, out=8)},
     "mae": {"masked": MASKED["mae"]},
     "simmim": {"masked": MASKED["simmim"]},
     "maskfeat": {"masked": MASKED["maskfeat"]},
+    "ijepa": {"masked": MASKED["ijepa"]},
     "hybrid": {"contrast": partial(MoCoV3, hidden=32, out=8), "masked": MASKED["simmim"]},
     "hybrid_shared": {
         "contrast": partial(MoCoV3, hidden=32, out=8, mask="units"),

@@ -56,7 +56,7 @@ def test_every_configuration_is_read(path):
 
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize(
-    "name", ["mocov3", "simclr", "mae", "simmim", "maskfeat", "multicrop", "hybrid"]
+    "name", ["mocov3", "simclr", "mae", "simmim", "maskfeat", "ijepa", "multicrop", "hybrid"]
 )
 def test_recipes_have_their_papers_views(name, small):
     text = (CONFIGS / f"{name}{'_cifar' * small}.yaml").read_text()
@@ -66,6 +66,7 @@ def test_recipes_have_their_papers_views(name, small):
         "mae": {"mild"},
         "simmim": {"mild"},
         "maskfeat": {"mild"},
+        "ijepa": {"mild"},
         "multicrop": {"global", "local"},
         "hybrid": {"global", "mild"},
     }.get(name, {"global"})

@@ -59,7 +59,7 @@ def test_contrastive_losses_and_gradients(ranks, alone, name):
         torch.testing.assert_close(found, expected, rtol=0, atol=limit, msg=key)
 
 
-@pytest.mark.parametrize("recipe", ["mae", "simmim", "maskfeat"])
+@pytest.mark.parametrize("recipe", ["mae", "simmim", "maskfeat", "ijepa"])
 def test_masked_training_is_that_of_one_process(ranks, trained, recipe):
     """Three updates of two micro-batches, masks included."""
     key = f"train/{recipe}"
@@ -73,6 +73,23 @@ def test_masked_training_is_that_of_one_process(ranks, trained, recipe):
         parts = [r[key]["hidden"][i] for r in ranks]
         assert hidden.shape == (IMAGES, 20)
         assert torch.equal(torch.cat(parts), hidden)
+
+
+@pytest.mark.parametrize("recipe", ["dino", "ibot"])
+def test_distillation_is_that_of_one_process(ranks, trained, recipe):
+    """Centres, masks of two crops and averages included."""
+    key = f"train/{recipe}"
+    for name, expected in trained[key]["state"].items():
+        torch.testing.assert_close(
+            ranks[0][key]["state"][name], expected, rtol=1e-5, atol=1e-7, msg=name
+        )
+    assert trained[key]["state"]["objectives.distil.centre"].any()
+
+
+def test_sinkhorn_normalises_over_all_ranks(ranks, alone):
+    found = torch.cat([r["sinkhorn"] for r in ranks])
+    torch.testing.assert_close(found, alone["sinkhorn"])
+    torch.testing.assert_close(found.sum(1), torch.ones(IMAGES))
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
