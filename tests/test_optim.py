@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from contramask.optim import LARS, Optim, Rule
+from contramask.optim import LARS, Clip, Optim, Rule
 from contramask.schedule import Schedule
 from contramask.types import UserError
 
@@ -161,3 +161,111 @@ def test_lars_skips_what_has_no_gradient_and_keeps_zero_gradients_finite():
     assert optimizer.step(lambda: 0.5) == 0.5
     assert torch.equal(a, torch.ones(2, 3))
     assert torch.equal(b, torch.ones(2, 3))  # no gradient and no decay: 0 / 0 must not appear
+
+
+class Vit(nn.Module):
+    """The names of a backbone of two blocks, a mask and an objective."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        vit = nn.ModuleDict(
+            {
+                "patch_embed": nn.Linear(3, 4),
+                "blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 5)]),
+                "norm": nn.LayerNorm(5),
+            }
+        )
+        vit.register_parameter("cls_token", nn.Parameter(torch.randn(1, 1, 4)))
+        self.backbone = nn.ModuleDict({"vit": vit})
+        self.masks = nn.ModuleDict({"m": nn.ParameterDict({"fill": torch.randn(4)})})
+        head = nn.ModuleDict({"mlp": nn.Linear(5, 6), "last_layer": nn.Linear(6, 7)})
+        self.objectives = nn.ModuleDict({"distil": nn.ModuleDict({"head": head})})
+
+
+def gradients(module: nn.Module, scale: float = 3.0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    for parameter in module.parameters():
+        parameter.grad = scale * torch.randn_like(parameter)
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def test_layer_decay():
+    """Of L = 2 blocks: what is before them has d^3, block i d^(2 - i), all else 1."""
+    optim = Optim(lr=0.5, batch=None, layer_decay=0.1, rules=[Rule("patch_embed", lr=0.2), Rule()])
+    optimizer = optim.build(Vit().named_parameters(), fused=False)
+    optim.set(optimizer, 0.0, 1)
+    rates = {n: g["lr"] / 0.5 for g in optimizer.param_groups for n in g["names"]}
+    expected = {
+        "backbone.vit.patch_embed.weight": 0.2e-3,
+        "backbone.vit.cls_token": 1e-3,
+        "masks.m.fill": 1e-3,
+        "backbone.vit.blocks.0.bias": 1e-2,
+        "backbone.vit.blocks.1.weight": 1e-1,
+        "backbone.vit.norm.weight": 1.0,
+        "objectives.distil.head.mlp.weight": 1.0,
+    }
+    for name, rate in expected.items():
+        assert rates[name] == pytest.approx(rate), name
+
+
+def test_rates_may_grow_with_the_root_of_the_batch():
+    optim = Optim(lr=0.2, batch=1024, scaling="sqrt")
+    optimizer = optim.build(network().named_parameters(), fused=False)
+    assert optim.set(optimizer, 0.0, 4096) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("how", ["skip", "rate"])
+def test_frozen_at_first(how):
+    """`skip` leaves no trace in the optimiser, `rate` gathers moments."""
+    model = Vit()
+    optim = Optim(
+        lr=0.1,
+        batch=None,
+        decay=0.5,
+        rules=[Rule("last_layer", freeze=0.5, freeze_by=how)],
+    )
+    optimizer = optim.build(model.named_parameters(), fused=False)
+    last = model.objectives["distil"]["head"]["last_layer"].weight
+    other = model.objectives["distil"]["head"]["mlp"].weight
+    seen = []
+    for progress in (0.0, 0.25, 0.5):
+        before = last.detach().clone(), other.detach().clone()
+        gradients(model)
+        optim.shorten(model.named_parameters(), progress)
+        optim.set(optimizer, progress, 1)
+        optimizer.step()
+        seen.append((torch.equal(last, before[0]), torch.equal(other, before[1])))
+    assert seen == [(True, False), (True, False), (False, False)]
+    assert optimizer.state[last]["step"].item() == (1 if how == "skip" else 3)
+
+
+@pytest.mark.parametrize("per", ["model", "module", "tensor"])
+def test_clipping_is_a_loop(per):
+    model = Vit()
+    raw = gradients(model)
+    parts = {
+        "model": [list(raw)],
+        "module": [
+            [n for n in raw if n.startswith(("backbone", "masks"))],
+            [n for n in raw if n.startswith("objectives.distil.head")],
+        ],
+        "tensor": [[n] for n in raw],
+    }[per]
+    assert sum(map(len, parts)) == len(raw)
+    Optim(clip=Clip(6.0, per=per)).shorten(model.named_parameters(), 0.0)
+    shortened = 0
+    for names in parts:
+        norm = np.sqrt(sum((raw[n].numpy().astype(float) ** 2).sum() for n in names))
+        factor = min(1.0, 6.0 / (norm + 1e-6))
+        shortened += factor < 1
+        for name in names:
+            found = dict(model.named_parameters())[name].grad
+            np.testing.assert_allclose(found, factor * raw[name].numpy(), rtol=1e-5)
+    assert shortened
+
+
+@pytest.mark.parametrize("norm", [0.0, -3.0])
+def test_bad_clips(norm):
+    with pytest.raises(UserError, match=r"clip is .*above 0.*set model.optim.clip"):
+        Clip(norm)

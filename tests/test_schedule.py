@@ -61,7 +61,7 @@ def test_cosine_falls(p, q):
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.0, 40.0])
 def test_warm_up_is_a_fraction(warmup):
-    with pytest.raises(UserError, match=r"warmup is .*in \[0, 1\).*40 of 800 epochs are 0.05"):
+    with pytest.raises(UserError, match=r"warmup is .*below 1 together.*40 of 800 epochs are 0.05"):
         Schedule(peak=1.0, warmup=warmup)
 
 

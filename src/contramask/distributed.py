@@ -56,10 +56,24 @@ def gather_with_gradient(x: Float[Tensor, "B ..."]) -> Float[Tensor, "WB ..."]:
 
 
 @torch.no_grad()
+def total(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The sum over ranks, without gradient."""
+    summed = x.detach().clone()
+    if world() > 1:
+        dist.all_reduce(summed)
+    return summed
+
+
+@torch.no_grad()
+def largest(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The largest over ranks, element by element, without gradient."""
+    top = x.detach().clone()
+    if world() > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return top
+
+
+@torch.no_grad()
 def mean(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """The mean over ranks, without gradient."""
-    if world() == 1:
-        return x.detach()
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total / world()
+    return total(x) / world()

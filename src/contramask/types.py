@@ -100,10 +100,15 @@ class Tokens(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A term of the loss."""
+    """A term of the loss.
+
+    Computing one changes nothing: what an objective remembers (a centre) is handed out as `state`,
+    and whoever trains writes it into the buffers of these names.
+    """
 
     value: Float[Tensor, ""]  # what is minimised
     logs: dict[str, Tensor]  # what is shown; detached
+    state: dict[str, Tensor] = {}  # noqa: RUF012  buffers of the objective after this micro-batch
 
 
 def fold(*place: int | str) -> int:

@@ -171,9 +171,11 @@ def test_pictures():
     assert trainer.global_step == 2
     shown = module.inspect(toy_batch(8, 4), images=3)
     assert set(shown) == {"views", "masked"}
-    assert set(shown["views"]) == {"global 0", "global 1", "mild 0"}
+    locals_ = {f"local {i}" for i in range(3)}
+    assert set(shown["views"]) == {"global 0", "global 1", "mild 0"} | locals_
     assert set(shown["masked"]) == {"image", "masked", "reconstruction"}
-    assert {p.shape for group in shown.values() for p in group.values()} == {(3, 3, 16, 20)}
+    for name, picture in (shown["views"] | shown["masked"]).items():
+        assert picture.shape == ((3, 3, 8, 12) if name in locals_ else (3, 3, 16, 20))
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 

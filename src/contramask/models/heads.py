@@ -1,9 +1,14 @@
-"""Projection and prediction heads of contrastive objectives."""
+"""Projection, prediction and prototype heads of objectives."""
 
 from itertools import pairwise
 from typing import Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contramask.types import UserError
 
 
 def mlp(
@@ -27,3 +32,121 @@ def mlp(
             norm.bias.requires_grad_(False)
         layers.append(norm)
     return nn.Sequential(*layers)
+
+
+class PrototypeHead(nn.Module):
+    """Scores of K prototypes: the head of DINO, iBOT and DINOv2 (arXiv:2104.14294, appendix C).
+
+        x -> MLP with GELU -> bottleneck -> length 1 -> prototypes of length g
+
+    Args:
+        dim: width of the tokens.
+        out: prototypes, K.
+        hidden: width of the hidden layers.
+        bottleneck: width before the prototypes.
+        layers: of the MLP.
+        fixed_length: g stays 1 (`norm_last_layer` of the official code); else it is learned.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        *,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        fixed_length: bool = True,
+    ):
+        super().__init__()
+        widths = [dim, *[hidden] * (layers - 1), bottleneck]
+        parts: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            parts += [nn.Linear(a, b), nn.GELU()]
+        self.mlp = nn.Sequential(*parts[:-1])
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = prototypes(bottleneck, out, fixed_length=fixed_length)
+
+    def embed(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        """The point on the sphere that the prototypes are compared with."""
+        # 1e-6 and not 1e-12, which half precision rounds to 0.
+        return F.normalize(self.mlp(x), dim=-1, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
+        return self.last_layer(self.embed(x))
+
+
+def prototypes(dim: int, out: int, *, fixed_length: bool) -> nn.Module:
+    """A linear layer without bias, of length and direction of each row (weight normalisation)."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(dim, out, bias=False))
+    length = layer.parametrizations.weight.original0  # pyright: ignore
+    assert isinstance(length, nn.Parameter)
+    nn.init.ones_(length)
+    length.requires_grad_(not fixed_length)
+    return layer
+
+
+Sharing = Literal["shared", "split", "separate"]
+
+
+class TokenHeads(nn.Module):
+    """Prototypes for class tokens and for patches.
+
+    Args:
+        dim: width of the tokens.
+        out: prototypes of class tokens.
+        patch_out: prototypes of patches; None: `out`.
+        sharing: `shared`, one head; `split`, one MLP and two sets of prototypes; `separate`.
+        hidden: width of the hidden layers.
+        bottleneck: width before the prototypes.
+        fixed_length: prototypes keep length 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        patch_out: int | None = None,
+        *,
+        sharing: Sharing,
+        hidden: int,
+        bottleneck: int,
+        fixed_length: bool,
+    ):
+        super().__init__()
+        self.sharing, patches = sharing, patch_out or out
+        if sharing == "shared" and patches != out:
+            raise UserError(
+                f"a shared head has {out} prototypes, given patch_out {patches} for patches; "
+                "set sharing to split or separate, or leave patch_out out"
+            )
+        sizes = {"hidden": hidden, "bottleneck": bottleneck, "fixed_length": fixed_length}
+        self.cls = PrototypeHead(dim, out, **sizes)
+        if sharing == "separate":
+            self.patch = PrototypeHead(dim, patches, **sizes)
+        elif sharing == "split":
+            self.patch = prototypes(bottleneck, patches, fixed_length=fixed_length)
+
+    def forward(
+        self, x: Float[Tensor, "*B D"], kind: Literal["cls", "patch"]
+    ) -> Float[Tensor, "*B K"]:
+        if kind == "cls" or self.sharing == "shared":
+            return self.cls(x)
+        return self.patch(x if self.sharing == "separate" else self.cls.embed(x))
+
+    @torch.no_grad()
+    def lend(self, other: nn.Module) -> None:
+        """Give the prototypes of patches to the class tokens of `other`, a copy of this."""
+        assert isinstance(other, TokenHeads)
+        own = None if self.sharing != "split" else dict(self.patch.named_parameters())
+        theirs = dict(other.cls.last_layer.named_parameters())
+        if own is None or any(own[k].shape != v.shape for k, v in theirs.items()):
+            raise UserError(
+                "teacher_shares is for a split head with equally many prototypes for class tokens "
+                "and patches; set sharing: split and leave patch_out out"
+            )
+        for name, parameter in theirs.items():
+            parameter.copy_(own[name])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Init = Literal["timm", "mae", "mocov3", "simmim"]
+Init = Literal["timm", "mae", "mocov3", "simmim", "dino"]
 
 
 def _init_timm(vit: Any) -> None:
@@ -59,9 +59,21 @@ def _init_simmim(vit: Any) -> None:
         block.mlp.fc2.weight.div_(math.sqrt(2 * i))
 
 
+@torch.no_grad()
+def _init_dino(vit: Any) -> None:
+    """DINO, iBOT: all but the patch projection from a normal of 0.02, the class token too."""
+    for _, linear in _linears(vit):
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+    for token in (vit.cls_token, vit.pos_embed):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02)
+
+
 INITIALISE: dict[Init, Callable[[Any], None]] = {
     "timm": _init_timm,
     "mae": _init_mae,
     "mocov3": _init_mocov3,
     "simmim": _init_simmim,
+    "dino": _init_dino,
 }

@@ -64,3 +64,13 @@ def need_batch(name: str, batch: int) -> None:
             f"{name} tells images of a batch apart and normalises over it: it needs at least 2 "
             f"images per device, given {batch}; set data.batch_size"
         )
+
+
+def need_fill(name: str, tokens: Tokens, reads: Pass) -> None:
+    """Raise a `UserError` unless the pass put a token in the place of each hidden patch."""
+    assert tokens.mask is not None
+    if tokens.patch.shape[1] != tokens.mask.hidden.shape[1]:
+        raise UserError(
+            f"{name} predicts hidden patches from the tokens in their place, mask {reads.mask!r} "
+            "drops them; set model.masks.NAME.init_args.fill: true"
+        )

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from contramask.functional.patches import patchify, unpatchify
-from contramask.objectives.objective import Feats, Objective
-from contramask.types import Batch, Loss, Pass, Spec, Step, UserError
+from contramask.objectives.objective import Feats, Objective, need_fill
+from contramask.types import Batch, Loss, Pass, Spec, Step
 
 
 class SimMIM(Objective):
@@ -37,11 +37,7 @@ class SimMIM(Objective):
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
         tokens = feats[self.passes[0]]
         assert tokens.mask is not None
-        if tokens.patch.shape[1] != self.spec.patches:
-            raise UserError(
-                f"SimMIM predicts hidden patches from the tokens in their place, mask "
-                f"{self.passes[0].mask!r} drops them; set model.masks.NAME.init_args.fill: true"
-            )
+        need_fill("SimMIM", tokens, self.passes[0])
         image = batch["views"][self.passes[0].view].flatten(0, 1)  # (VB, 3, H, W)
         pixels = patchify(image, self.spec.patch)  # (VB, N, 3pp)
         error = (self.predict(tokens.patch) - pixels).abs().mean(-1)  # (VB, N)

@@ -86,6 +86,8 @@ class Pretraining(pl.LightningModule):
         for name, term in self.terms.items():
             seed_layers(step, name, self.device)
             losses[name] = term(feats, batch, step)
+            for buffer, value in losses[name].state.items():
+                term.get_buffer(buffer).copy_(value)
         total = self._sum(losses, step)
         if self._due(step.index):
             self._note(losses, total, step)
@@ -183,15 +185,10 @@ class Pretraining(pl.LightningModule):
                 f"trainer.gradient_clip_val is {gradient_clip_val}; clipping is part of the "
                 "recipe: set model.optim.clip instead"
             )
-        due = self._due(self.global_step)
-        if not due and self.optim.clip is None:
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.optim.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.optim.clip, norm)
-        if due:
-            self._ledger.add({"optim/grad_norm": norm})
+        if self._due(self.global_step):
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self._ledger.add({"optim/grad_norm": nn.utils.get_total_norm(gradients)})
+        self.optim.shorten(self.named_parameters(), self.global_step / self.total_steps)
 
     def _move_teachers(self, progress: float) -> None:
         momentum = at(self.momentum, progress)

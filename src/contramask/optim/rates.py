@@ -1,15 +1,21 @@
 """Optimisers, parameter groups by first-match rules, and rates that are written at every step."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from contramask.optim.clipping import Clip
+from contramask.optim.lars import LARS
 from contramask.schedule import Schedule, at
 from contramask.types import UserError
+
+# What comes before the first block: patches, positions, tokens, and what masks put in their place.
+FIRST = r"patch_embed|pos_embed|cls_token|reg_token|^masks\."
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,17 @@ class Rule:
         ndim: matches parameters of at most this many dimensions; 1: biases, norms, scales.
         lr: factor of the learning rate.
         decay: factor of the weight decay; 0 exempts.
+        freeze: fraction of training, from its start, in which the parameters do not move.
+        freeze_by: how: `skip`, the optimiser does not see their gradients (DINO, iBOT: no decay,
+            no moments), or `rate`, their learning rate is 0 (DINOv2: moments gather).
     """
 
     pattern: str = ""
     ndim: int | None = None
     lr: float = 1.0
     decay: float = 1.0
+    freeze: float = 0.0
+    freeze_by: Literal["skip", "rate"] = "skip"
 
     def matches(self, name: str, parameter: Tensor) -> bool:
         """Whether it decides about this parameter."""
@@ -44,22 +55,29 @@ class Optim:
             learning rate outside the momentum buffer (MoCo v3, MAE), and `lars_classic`, inside
             it (SimCLR).
         lr: the learning rate, for a global batch of `batch` images.
-        batch: the batch the learning rate is meant for; it is scaled linearly to the actual
-            global batch (arXiv:1706.02677). None: the rate as it is.
+        batch: the batch the learning rate is meant for; it is scaled to the actual global batch.
+            None: the rate as it is.
+        scaling: `linear` in the batch (arXiv:1706.02677) or with its square root, `sqrt` (DINOv2).
         decay: weight decay.
         betas: of AdamW; the first is the momentum of SGD and LARS.
         rules: factors per parameter; parameters without a matching rule have factors 1.
             `[{ndim: 1, decay: 0}]` exempts biases and norms from decay, as most methods do.
-        clip: largest norm of the gradient of all parameters together; None: not clipped.
+        layer_decay: the rate of block i of L (from 0) is multiplied by layer_decay^(L - i), that of
+            what comes before the first block by layer_decay^(L + 1), all else stays (BEiT,
+            arXiv:2106.08254; MAE counts the head as a layer and means the same). The factors of
+            the rules come on top.
+        clip: largest norm of the gradient of all parameters together, or a `Clip`; None: none.
     """
 
     name: Literal["adamw", "sgd", "lars", "lars_classic"] = "adamw"
     lr: float | Schedule = 1.5e-4
     batch: int | None = 256
+    scaling: Literal["linear", "sqrt"] = "linear"
     decay: float | Schedule = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     rules: list[Rule] = field(default_factory=list)
-    clip: float | None = None
+    layer_decay: float = 1.0
+    clip: float | Clip | None = None
 
     def groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         """Parameter groups of equal factors, with the names of their members.
@@ -67,16 +85,24 @@ class Optim:
         Raises:
             UserError: for a rule that matches nothing: most often a misspelt pattern.
         """
-        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        groups: dict[tuple[float, ...], dict[str, Any]] = {}
         used: set[int] = set()
-        for name, parameter in parameters:
-            if not parameter.requires_grad:
-                continue
+        trained = [(n, p) for n, p in parameters if p.requires_grad]
+        blocks = 1 + max((_block(n) for n, _ in trained), default=-1)
+        for name, parameter in trained:
             index, rule = self._decide(name, parameter)
             used |= {index}
+            factor = rule.lr * self._of_layer(name, blocks)
+            frozen = rule.freeze if rule.freeze_by == "rate" else 0.0
             group = groups.setdefault(
-                (rule.lr, rule.decay),
-                {"params": [], "names": [], "lr_factor": rule.lr, "decay_factor": rule.decay},
+                (factor, rule.decay, frozen),
+                {
+                    "params": [],
+                    "names": [],
+                    "lr_factor": factor,
+                    "decay_factor": rule.decay,
+                    "blocks": blocks,
+                },
             )
             group["params"].append(parameter)
             group["names"].append(name)
@@ -92,6 +118,15 @@ class Optim:
             if rule.matches(name, parameter):
                 return i, rule
         return -1, Rule()
+
+    def _of_layer(self, name: str, blocks: int) -> float:
+        """The factor of the learning rate that belongs to a parameter's depth."""
+        if self.layer_decay == 1.0 or not name.startswith(("backbone.", "masks.")):
+            return 1.0
+        block = _block(name)
+        if block < 0 and not re.search(FIRST, name):
+            return 1.0
+        return self.layer_decay ** (blocks - block)
 
     def build(
         self, parameters: Iterable[tuple[str, nn.Parameter]], *, fused: bool
@@ -116,73 +151,42 @@ class Optim:
             progress: fraction of training done.
             batch: images of one update over all ranks and accumulated micro-batches.
         """
-        lr = at(self.lr, progress) * (batch / self.batch if self.batch else 1.0)
+        size = batch / self.batch if self.batch else 1.0
+        lr = at(self.lr, progress) * (size if self.scaling == "linear" else math.sqrt(size))
         decay = at(self.decay, progress)
         for group in optimizer.param_groups:
-            _, rule = self._decide(group["names"][0], group["params"][0])
-            group["lr_factor"], group["decay_factor"] = rule.lr, rule.decay
-            group["lr"], group["weight_decay"] = lr * rule.lr, decay * rule.decay
+            name = group["names"][0]
+            _, rule = self._decide(name, group["params"][0])
+            factor = rule.lr * self._of_layer(name, group["blocks"])
+            group["lr_factor"], group["decay_factor"] = factor, rule.decay
+            still = rule.freeze_by == "rate" and progress < rule.freeze
+            group["lr"], group["weight_decay"] = 0.0 if still else lr * factor, decay * rule.decay
             if "betas" in group:
                 group["betas"] = self.betas
             else:
                 group["momentum"] = self.betas[0]
         return lr
 
+    def shorten(self, parameters: Iterable[tuple[str, nn.Parameter]], progress: float) -> None:
+        """Clip the gradients, then take away those of parameters that do not move yet.
 
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates for parameters of more than one dimension (arXiv:1708.03888).
+        Args:
+            parameters: by name, with the gradients of an update.
+            progress: fraction of training done.
+        """
+        named = [(n, p) for n, p in parameters if p.grad is not None]
+        if self.clip is not None:
+            clip = self.clip if isinstance(self.clip, Clip) else Clip(self.clip)
+            clip(named)
+        if not any(r.freeze_by == "skip" and progress < r.freeze for r in self.rules):
+            return
+        for name, parameter in named:
+            _, rule = self._decide(name, parameter)
+            if rule.freeze_by == "skip" and progress < rule.freeze:
+                parameter.grad = None
 
-        u = g + decay w;   u <- eta |w| / |u| u   (if both norms are positive)
-        lars:          v <- momentum v + u;         w <- w - lr v      (MoCo v3, MAE)
-        lars_classic:  v <- momentum v + lr u;      w <- w - v         (SimCLR)
 
-    One-dimensional parameters get neither decay nor adaptation.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[dict[str, Any]] | Iterable[Tensor],
-        *,
-        lr: float = 0.0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        eta: float = 0.001,
-        classic: bool = False,
-    ):
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "eta": eta,
-            "classic": classic,
-        }
-        super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is not None:
-                    self._move(w, w.grad, group)
-        return loss
-
-    def _move(self, w: Tensor, update: Tensor, group: dict[str, Any]) -> None:
-        if w.ndim > 1:
-            update = update + group["weight_decay"] * w
-            weight_norm, update_norm = w.norm(), update.norm()
-            ratio = group["eta"] * weight_norm / update_norm
-            positive = (weight_norm > 0) & (update_norm > 0)
-            update = update * torch.where(positive, ratio, torch.ones_like(ratio))
-        state = self.state[w]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(w)
-        v = state["momentum_buffer"]
-        if group["classic"]:
-            w.sub_(v.mul_(group["momentum"]).add_(update, alpha=group["lr"]))
-        else:
-            w.sub_(v.mul_(group["momentum"]).add_(update), alpha=group["lr"])
+def _block(name: str) -> int:
+    """The number of the backbone's block a parameter is in; -1 outside."""
+    found = re.search(r"^backbone\.(?:\w+\.)*?blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
