@@ -18,6 +18,7 @@ from contramask.masks import (
 )
 from contramask.models.ema import EmaCopy
 from contramask.models.vit import VisionTransformer
+from contramask.objectives.cmae import CMAEContrast
 from contramask.objectives.dino import DINO
 from contramask.objectives.ibot import IBOT
 from contramask.objectives.ijepa import IJEPA
@@ -79,7 +80,12 @@ def toy_batch(position: int, batch: int, dtype: torch.dtype = torch.float32) -> 
         return 2 * torch.stack(drawn, 1).to(dtype)  # (V, B, 3, H, W)
 
     return Batch(
-        views={"global": crops(2, 0), "mild": crops(1, 1), "local": crops(3, 10**6, (8, 12))},
+        views={
+            "global": crops(2, 0),
+            "mild": crops(1, 1),
+            "local": crops(3, 10**6, (8, 12)),
+            "shifted": crops(1, 2 * 10**6),
+        },
         label=torch.full((batch,), -1),
         position=position,
     )
@@ -115,10 +121,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "simmim": {"masked": MASKED["simmim"]},
     "maskfeat": {"masked": MASKED["maskfeat"]},
     "ijepa": {"masked": MASKED["ijepa"]},
+    "cmae": {
+        "contrast": partial(
+            CMAEContrast, mask="random", hidden=32, out=8, dim=16, depth=1, heads=2
+        ),
+        "masked": MASKED["mae"],
+    },
     "hybrid": {"contrast": partial(MoCoV3, hidden=32, out=8), "masked": MASKED["simmim"]},
     "hybrid_shared": {
         "contrast": partial(MoCoV3, hidden=32, out=8, mask="units"),
         "masked": partial(SimMIM, mask="units", view="global"),
+    },
+    "hybrid_layered": {
+        "contrast": partial(MoCoV3, hidden=32, out=8, mask="units"),
+        "masked": partial(SimMIM, mask="units", view="global", layer=0),
     },
 }
 

@@ -1,13 +1,16 @@
 """One module for all recipes: every pass once, weights, logs, clipping, pictures."""
 
+from functools import partial
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
+from contramask.objectives.simmim import SimMIM
 from contramask.optim import Optim
 from contramask.schedule import Schedule
 from contramask.training.pretraining import Pretraining
-from contramask.types import Step
+from contramask.types import Step, UserError
 from tests.builders import (
     MASKS,
     RECIPES,
@@ -62,6 +65,9 @@ def count_forwards(module: Pretraining) -> dict[str, int]:
         ("simmim", 1, 0),
         ("hybrid", 2, 1),  # two masks: two forwards
         ("hybrid_shared", 1, 1),  # one mask, by its name: one forward
+        ("hybrid_layered", 1, 1),  # also where one of them reads an earlier block
+        ("dino", 2, 1),
+        ("dinov2", 2, 1),
     ],
 )
 def test_every_pass_is_computed_once(recipe, student, teacher):
@@ -79,6 +85,40 @@ def test_every_trained_parameter_gets_a_gradient(recipe):
     fit(module, steps=1, callbacks=[gradients])
     for name, parameter in module.named_parameters():
         assert (gradients.found[name] is not None) == parameter.requires_grad, name
+
+
+def test_an_earlier_block_trains_what_is_before_it():
+    """Reconstruction from block 0 of 2 leaves block 1 to the contrast alone."""
+    module = pretraining("hybrid_layered", weights={"contrast": 0.0, "masked": 1.0})
+    gradients = Gradients()
+    fit(module, steps=1, callbacks=[gradients])
+    for name, gradient in gradients.found.items():
+        if name.startswith("backbone.vit.blocks."):
+            assert bool(gradient.any()) == name.startswith("backbone.vit.blocks.0."), name
+
+
+def test_what_a_layered_objective_reads():
+    """The block's output, un-normed by the backbone, through a norm of its own."""
+    module = pretraining("hybrid_layered").eval()
+    batch = toy_batch(0, 4)
+    feats = module.encode(batch, Step(0, 0.0))
+    objective = module.terms["masked"]
+    tokens = feats[objective.passes[0]]
+    vit = module.backbone.vit
+    seen = []
+    vit.blocks[0].register_forward_hook(lambda m, i, out: seen.append(out))
+    module.backbone(batch["views"]["global"].flatten(0, 1), tokens.mask, module.masks["units"].fill)
+    expected = torch.nn.functional.layer_norm(seen[0], (24,), eps=1e-6)
+    found = objective.read(tokens)
+    torch.testing.assert_close(torch.cat([found.prefix, found.patch], 1), expected)
+
+
+def test_layers_that_leave_blocks_untrained_are_refused():
+    one = {"masked": partial(SimMIM, mask="units", layer=0)}
+    with pytest.raises(UserError, match=r"all objectives read earlier blocks.*layer out"):
+        Pretraining(tiny_vit(), one, masks={"units": MASKS["units"]})
+    with pytest.raises(UserError, match=r"layer is 2, the backbone has blocks 0 to 1"):
+        Pretraining(tiny_vit(), {"masked": partial(SimMIM, mask="units", layer=2)})
 
 
 def test_masks_of_one_name_are_shared_between_passes_of_a_view():
@@ -172,7 +212,7 @@ def test_pictures():
     shown = module.inspect(toy_batch(8, 4), images=3)
     assert set(shown) == {"views", "masked"}
     locals_ = {f"local {i}" for i in range(3)}
-    assert set(shown["views"]) == {"global 0", "global 1", "mild 0"} | locals_
+    assert set(shown["views"]) == {"global 0", "global 1", "mild 0", "shifted 0"} | locals_
     assert set(shown["masked"]) == {"image", "masked", "reconstruction"}
     for name, picture in (shown["views"] | shown["masked"]).items():
         assert picture.shape == ((3, 3, 8, 12) if name in locals_ else (3, 3, 16, 20))

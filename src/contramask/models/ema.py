@@ -33,6 +33,8 @@ class EmaCopy(nn.Module):
         """theta' <- momentum theta' + (1 - momentum) theta."""
         own: list[torch.Tensor] = list(self.module.parameters())
         source: list[torch.Tensor] = list(self._source[0].parameters())
+        if not own:  # a copy of something without weights
+            return
         # One kernel for all tensors; torch's own optimisers use the same calls.
         torch._foreach_mul_(own, momentum)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(own, source, alpha=1 - momentum)  # pyright: ignore

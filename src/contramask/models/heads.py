@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from contramask.types import UserError
+from contramask.types import Spec, Tokens, UserError
 
 
 def mlp(
@@ -150,3 +150,34 @@ class TokenHeads(nn.Module):
             )
         for name, parameter in theirs.items():
             parameter.copy_(own[name])
+
+
+class BlockReader(nn.Module):
+    """What an objective reads of a pass: its last tokens, or those of an earlier block, normalised.
+
+    Args:
+        spec: of the backbone.
+        block: number of the block from 0, whose output is read through a layer norm of its own;
+            None: the last tokens as they are, and this module does nothing.
+    """
+
+    def __init__(self, spec: Spec, block: int | None):
+        super().__init__()
+        if block is not None and not 0 <= block < spec.depth:
+            raise UserError(
+                f"layer is {block}, the backbone has blocks 0 to {spec.depth - 1}; set "
+                "model.objectives.NAME.init_args.layer"
+            )
+        self.block = block
+        self.norm = None if block is None else nn.LayerNorm(spec.dim, eps=1e-6)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """For `Pass.layers`."""
+        return () if self.block is None else (self.block,)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        if self.norm is None or self.block is None:
+            return tokens
+        x, r = self.norm(tokens.layers[self.block]), tokens.prefix.shape[1]
+        return tokens._replace(prefix=x[:, :r], patch=x[:, r:])

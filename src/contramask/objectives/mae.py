@@ -8,6 +8,7 @@ from torch import Tensor
 
 from contramask.functional.patches import patchify, unpatchify
 from contramask.models.decoder import TransformerDecoder
+from contramask.models.heads import BlockReader
 from contramask.objectives.objective import Feats, Objective
 from contramask.types import Batch, Loss, Pass, Spec, Step
 
@@ -26,6 +27,7 @@ class MAE(Objective):
         heads: its attention heads.
         normalise: targets have mean 0 and (unbiased) variance 1 within each patch; the authors'
             released models do, their code's default does not.
+        layer: number of the block, from 0, whose tokens it reads; None: the last.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class MAE(Objective):
         depth: int = 8,
         heads: int = 16,
         normalise: bool = True,
+        layer: int | None = None,
     ):
         super().__init__()
-        self.passes = (Pass(view, mask),)
+        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.passes = (Pass(view, mask, layers=self.read.layers),)
         self.spec, self.normalise = spec, normalise
         out = 3 * spec.patch**2
         self.decoder = TransformerDecoder(spec, out, dim=dim, depth=depth, heads=heads)
@@ -54,7 +58,7 @@ class MAE(Objective):
         return (patches - mean) / (var + 1e-6) ** 0.5
 
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
-        tokens = feats[self.passes[0]]
+        tokens = self.read(feats[self.passes[0]])
         assert tokens.mask is not None
         image = batch["views"][self.passes[0].view].flatten(0, 1)  # (VB, 3, H, W)
         prediction = self.decoder(tokens).float()  # (VB, N, 3pp)
@@ -63,7 +67,7 @@ class MAE(Objective):
         return Loss((error * hidden).sum() / hidden.sum(), {})
 
     def picture(self, feats: Feats, batch: Batch, step: Step) -> dict[str, Tensor]:
-        tokens = feats[self.passes[0]]
+        tokens = self.read(feats[self.passes[0]])
         assert tokens.mask is not None
         image = batch["views"][self.passes[0].view].flatten(0, 1)
         patches, patch, grid = patchify(image, self.spec.patch), self.spec.patch, self.spec.grid

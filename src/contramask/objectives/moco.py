@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from contramask.distributed import gather, rank
 from contramask.functional.contrast import infonce
 from contramask.models.ema import EmaCopy
-from contramask.models.heads import mlp
+from contramask.models.heads import BlockReader, mlp
 from contramask.objectives.objective import Feats, Objective, need_batch, need_crops
 from contramask.types import Batch, Loss, Pass, Spec, Step
 
@@ -29,6 +29,7 @@ class MoCoV3(Objective):
         temperature: T.
         out: width of queries and keys.
         hidden: width of the hidden layers of projector and predictor.
+        layer: number of the block, from 0, whose tokens it reads; None: the last.
     """
 
     def __init__(
@@ -40,9 +41,13 @@ class MoCoV3(Objective):
         temperature: float = 0.2,
         out: int = 256,
         hidden: int = 4096,
+        layer: int | None = None,
     ):
         super().__init__()
-        self.passes = (Pass(view, mask), Pass(view, net="teacher"))
+        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.read_teacher = EmaCopy(self.read)
+        layers = self.read.layers
+        self.passes = (Pass(view, mask, layers=layers), Pass(view, net="teacher", layers=layers))
         self.temperature = temperature
         self.projector = mlp(spec.dim, hidden, hidden, out, last="plain_batch_norm")
         self.predictor = mlp(out, hidden, out, last="plain_batch_norm")
@@ -54,7 +59,8 @@ class MoCoV3(Objective):
         need_batch("MoCo v3", batch)
 
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
-        student, teacher = (feats[p].cls.chunk(2) for p in self.passes)
+        student = self.read(feats[self.passes[0]]).cls.chunk(2)
+        teacher = self.read_teacher(feats[self.passes[1]]).cls.chunk(2)
         # One view at a time: batch norm must not mix the two views.
         q1, q2 = (F.normalize(self.predictor(self.projector(x)), dim=-1) for x in student)
         k1, k2 = (F.normalize(self.teacher(x), dim=-1) for x in teacher)

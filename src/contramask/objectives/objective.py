@@ -19,6 +19,7 @@ class Objective(nn.Module, ABC):
     """
 
     passes: tuple[Pass, ...]
+    layer: int | None = None  # the block whose tokens it reads in place of the last ones
 
     @abstractmethod
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:

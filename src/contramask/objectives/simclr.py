@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from contramask.distributed import gather_with_gradient, rank
 from contramask.functional.contrast import nt_xent
-from contramask.models.heads import mlp
+from contramask.models.heads import BlockReader, mlp
 from contramask.objectives.objective import Feats, Objective, need_batch, need_crops
 from contramask.types import Batch, Loss, Pass, Spec, Step
 
@@ -29,6 +29,7 @@ class SimCLR(Objective):
         layers: of the projection head; 3 in SimCLR v2, 2 in the paper.
         scale: of the loss. 1 is the authors' code, twice the mean over the 2 M anchors; 0.5 is
             that mean, which most reimplementations minimise.
+        layer: number of the block, from 0, whose tokens it reads; None: the last.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class SimCLR(Objective):
         hidden: int | None = None,
         layers: int = 3,
         scale: float = 1.0,
+        layer: int | None = None,
     ):
         super().__init__()
-        self.passes = (Pass(view, mask),)
+        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.passes = (Pass(view, mask, layers=self.read.layers),)
         self.temperature, self.scale = temperature, scale
         widths = [spec.dim, *[hidden or spec.dim] * (layers - 1), out]
         self.head = mlp(*widths, last="batch_norm_no_bias")
@@ -59,7 +62,9 @@ class SimCLR(Objective):
 
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
         # One view at a time: batch norm must not mix the two views.
-        a, b = (F.normalize(self.head(x), dim=-1) for x in feats[self.passes[0]].cls.chunk(2))
+        a, b = (
+            F.normalize(self.head(x), dim=-1) for x in self.read(feats[self.passes[0]]).cls.chunk(2)
+        )
         all_a, all_b = gather_with_gradient(a), gather_with_gradient(b)
         loss = nt_xent(a, b, all_a, all_b, self.temperature, offset=rank() * len(a))
         return Loss(self.scale * loss, {"similarity": _mean_dot(a, b)})

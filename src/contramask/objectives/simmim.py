@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from contramask.functional.patches import patchify, unpatchify
+from contramask.models.heads import BlockReader
 from contramask.objectives.objective import Feats, Objective, need_fill
 from contramask.types import Batch, Loss, Pass, Spec, Step
 
@@ -20,11 +21,13 @@ class SimMIM(Objective):
         spec: of the backbone.
         mask: a mask with a fill.
         view: the group of crops it reconstructs.
+        layer: number of the block, from 0, whose tokens it reads; None: the last.
     """
 
-    def __init__(self, spec: Spec, *, mask: str, view: str = "mild"):
+    def __init__(self, spec: Spec, *, mask: str, view: str = "mild", layer: int | None = None):
         super().__init__()
-        self.passes = (Pass(view, mask),)
+        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.passes = (Pass(view, mask, layers=self.read.layers),)
         self.spec = spec
         # The official 1 x 1 convolution and pixel shuffle, as the matrix they are; its rows are
         # ordered (row, column, colour) here and (colour, row, column) there.
@@ -35,7 +38,7 @@ class SimMIM(Objective):
         return self.decoder(patch).float()
 
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
-        tokens = feats[self.passes[0]]
+        tokens = self.read(feats[self.passes[0]])
         assert tokens.mask is not None
         need_fill("SimMIM", tokens, self.passes[0])
         image = batch["views"][self.passes[0].view].flatten(0, 1)  # (VB, 3, H, W)
@@ -47,7 +50,7 @@ class SimMIM(Objective):
         return Loss((error * hidden).sum() * self.spec.patch**2 / (count + 1e-5), {})
 
     def picture(self, feats: Feats, batch: Batch, step: Step) -> dict[str, Tensor]:
-        tokens = feats[self.passes[0]]
+        tokens = self.read(feats[self.passes[0]])
         assert tokens.mask is not None
         image = batch["views"][self.passes[0].view].flatten(0, 1)
         patches, patch, grid = patchify(image, self.spec.patch), self.spec.patch, self.spec.grid

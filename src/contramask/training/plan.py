@@ -1,6 +1,7 @@
 """The plan of a step: which passes the objectives read, and whether names agree."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,10 +10,20 @@ from contramask.objectives.objective import Objective
 from contramask.types import Pass, Spec, UserError
 
 
-def plan(terms: Mapping[str, Objective]) -> tuple[Pass, ...]:
-    """The distinct passes of all objectives; teachers first, so that masks could ask them."""
-    passes = dict.fromkeys(p for term in terms.values() for p in term.passes)
-    return tuple(sorted(passes, key=lambda p: p.net == "student"))
+def plan(terms: Mapping[str, Objective]) -> dict[Pass, tuple[Pass, ...]]:
+    """The forwards of a step, and the passes that each of them serves.
+
+    Passes that differ in the blocks they ask for are one forward. Teachers come first, so that
+    masks could ask them.
+    """
+    asked = dict.fromkeys(p for term in terms.values() for p in term.passes)
+    served: dict[Pass, list[Pass]] = {}
+    for reads in sorted(asked, key=lambda p: p.net == "student"):
+        served.setdefault(replace(reads, layers=()), []).append(reads)
+    return {
+        replace(forward, layers=tuple(sorted({i for p in passes for i in p.layers}))): tuple(passes)
+        for forward, passes in served.items()
+    }
 
 
 def agree(what: str, given: Any, of: str, needed: Any) -> None:
@@ -21,6 +32,18 @@ def agree(what: str, given: Any, of: str, needed: Any) -> None:
         raise UserError(
             f"model.{what} has {sorted(given)}, {of} are {sorted(needed)}: exactly these keys are "
             f"needed; set model.{what}"
+        )
+
+
+def check_depth(terms: Mapping[str, Objective], spec: Spec) -> None:
+    """Refuse objectives that all read earlier blocks: what follows would never be trained."""
+    layers = {name: term.layer for name, term in terms.items() if term.layer is not None}
+    if layers and len(layers) == len(terms):
+        deepest = max(layers.values())
+        raise UserError(
+            f"all objectives read earlier blocks ({layers}): the final norm and the blocks after "
+            f"{deepest} of 0 to {spec.depth - 1} would never be trained; leave one objective's "
+            "layer out at model.objectives.NAME.init_args, or take a backbone of fewer blocks"
         )
 
 

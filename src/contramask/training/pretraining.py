@@ -1,6 +1,7 @@
 """Pretraining: compute every declared pass once, sum the weighted objectives, move the teachers."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -16,7 +17,7 @@ from contramask.schedule import Schedule, at
 from contramask.training.dropout import seed_layers
 from contramask.training.inspection import draw
 from contramask.training.ledger import Ledger
-from contramask.training.plan import agree, check_sizes, describe, plan
+from contramask.training.plan import agree, check_depth, check_sizes, describe, plan
 from contramask.types import Batch, Loss, Mask, Pass, Spec, Step, Tokens, UserError
 
 
@@ -60,6 +61,7 @@ class Pretraining(pl.LightningModule):
         self.optim, self.momentum, self.ema, self.seed = optim or Optim(), momentum, ema, seed
         self.plan = plan(self.terms)
         self.teacher = EmaCopy(backbone) if any(p.net == "teacher" for p in self.plan) else None
+        check_depth(self.terms, spec)
         agree("weights", self.weights, "objectives", objectives)
         agree("masks", self.masks, "the objectives' masks", {p.mask for p in self.plan if p.mask})
         self._compile, self._networks = compile, {}
@@ -97,7 +99,7 @@ class Pretraining(pl.LightningModule):
         """Every pass of the plan, computed once; equal (view, mask) pairs share one mask."""
         drawn: dict[tuple[str, str], Mask] = {}
         feats: dict[Pass, Tokens] = {}
-        for reads in self.plan:
+        for reads, served in self.plan.items():
             view = batch["views"][reads.view]  # (V, B, 3, H, W)
             mask, fill = None, None
             if reads.mask is not None:
@@ -109,8 +111,9 @@ class Pretraining(pl.LightningModule):
                     drawn[key] = masking.sample("/".join(key), images, crops, step, view.device)
                 mask = drawn[key]
             # By name, not by order: another objective must not move this one's drop path.
-            seed_layers(step, str(reads), view.device)
-            feats[reads] = self._network(reads.net)(view.flatten(0, 1), mask, fill, reads.layers)
+            seed_layers(step, str(replace(reads, layers=())), view.device)
+            tokens = self._network(reads.net)(view.flatten(0, 1), mask, fill, reads.layers)
+            feats |= dict.fromkeys(served, tokens)
         return feats
 
     def place(self, batch: Batch) -> Step:
