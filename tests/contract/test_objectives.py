@@ -159,7 +159,8 @@ def test_images_are_what_it_averages_over(case):
             hidden = permuted(mask.hidden, crops)
             mask = mask._replace(hidden=hidden, targets=permuted(mask.targets, crops))
         prefix, patch = permuted(t.prefix, crops), permuted(t.patch, crops)
-        case.feats[reads] = Tokens(prefix, patch, mask, t.layers)
+        layers = {i: permuted(x, crops) for i, x in t.layers.items()}
+        case.feats[reads] = Tokens(prefix, patch, mask, layers)
     case.batch["views"] = {k: v[:, order] for k, v in case.batch["views"].items()}
     torch.testing.assert_close(case.loss().value, before, rtol=1e-4, atol=1e-6)
 

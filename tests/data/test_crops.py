@@ -50,7 +50,7 @@ def parsed(text: dict) -> dict[str, Crops]:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_configuration_is_read(path):
     groups = parsed(yaml.safe_load(path.read_text()))
-    assert set(groups) <= {"global", "mild", "local"}
+    assert set(groups) <= {"global", "mild", "local", "shifted"}
     assert all(len(g.plan(n, 1, 60, 80)) == g.number for n, g in groups.items())
 
 

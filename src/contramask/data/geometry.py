@@ -18,13 +18,18 @@ Image = UInt8[np.ndarray, "H W 3"]
 
 
 class Box(NamedTuple):
-    """A rectangle of an upright image, in pixels, and whether it is mirrored left to right."""
+    """A rectangle of an upright image, in pixels, and whether it is mirrored left to right.
+
+    With a `corner` (row, column) the crop is not the whole of the resized rectangle but begins
+    there; it is a place in the result, after the mirror.
+    """
 
     top: int
     left: int
     height: int
     width: int
     flip: bool = False
+    corner: tuple[int, int] | None = None
 
 
 def draw_box(
@@ -64,7 +69,12 @@ def shrunk(box: Box, factor: int, height: int, width: int) -> Box:
     top, left = round(box.top / factor), round(box.left / factor)
     bottom = min(max(round((box.top + box.height) / factor), top + 1), height)
     right = min(max(round((box.left + box.width) / factor), left + 1), width)
-    return Box(min(top, bottom - 1), min(left, right - 1), bottom - top, right - left, box.flip)
+    return box._replace(
+        top=min(top, bottom - 1),
+        left=min(left, right - 1),
+        height=bottom - top,
+        width=right - left,
+    )
 
 
 def cut(

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from contramask.data import geometry, photometric, photometric_host
-from contramask.data.crops import Crops, Plan
+from contramask.data.crops import Crops, Plan, check_windows
 from contramask.data.decode import open_picture
 from contramask.data.geometry import Interpolation
 from contramask.errors import UserError
@@ -41,7 +41,7 @@ class Views:
     """Makes the views of an image in a worker, and finishes those of a batch on its device.
 
     Args:
-        groups: the views by name.
+        groups: the views by name. Raises `UserError` if one shares boxes that are not there.
         on_device: whether `finish` applies the photometric augmentation (an accelerator) or the
             workers do (none).
         mean: subtracted from the channels, in [0, 1]; (0, 0, 0) with std (1, 1, 1) leaves [0, 1].
@@ -51,6 +51,7 @@ class Views:
     def __init__(
         self, groups: Mapping[str, Crops], *, on_device: bool, mean: Triple, std: Triple
     ) -> None:
+        check_windows(groups)
         self.groups = dict(groups)
         self.on_device = on_device
         self.mean = mean
@@ -62,10 +63,7 @@ class Views:
         The random numbers of a crop are a function of (key, name of the view, number of the crop).
         """
         picture = open_picture(data)
-        plans = {
-            name: group.plan(name, key, picture.height, picture.width)
-            for name, group in self.groups.items()
-        }
+        plans = {name: self._plan(name, key, picture.height, picture.width) for name in self.groups}
         image = picture.pixels(reduce=self._reduce(plans), lent=True)
         factor = round(picture.height / image.shape[0])
         crops = {name: self._crops(name, plan, image, factor) for name, plan in plans.items()}
@@ -102,10 +100,17 @@ class Views:
             finished[name] = torch.stack(parts)
         return finished
 
+    def _plan(self, name: str, key: int, height: int, width: int) -> Plan:
+        group, shared = self.groups[name], None
+        if group.window is not None and group.window.of is not None:
+            of = group.window.of
+            shared = self.groups[of].plan(of, key, height, width)
+        return group.plan(name, key, height, width, shared=shared)
+
     def _reduce(self, plans: Mapping[str, Plan]) -> int:
         """How many times smaller the image may be decoded."""
         spare = min(
-            min(box.height, box.width) / self.groups[name].size
+            min(box.height, box.width) / self.groups[name].resized
             for name, plan in plans.items()
             for box, _ in plan
         )
@@ -123,7 +128,10 @@ class Views:
         for v, (box, row) in enumerate(plan):
             if factor > 1:
                 box = geometry.shrunk(box, factor, *image.shape[:2])
-            crop = geometry.cut(image, box, size=group.size, interpolation=group.interpolation)
+            crop = geometry.cut(image, box, size=group.resized, interpolation=group.interpolation)
+            if box.corner is not None:
+                rows, columns = (slice(at, at + group.size) for at in box.corner)
+                crop = np.ascontiguousarray(crop[rows, columns])
             if not self.on_device and group.photometric:
                 crop = photometric_host.apply(crop, row)
             cv2.split(crop, list(out[v]))
