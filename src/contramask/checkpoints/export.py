@@ -29,6 +29,7 @@ def export_backbone(
     net: Literal["student", "teacher"],
     step: int,
     data: dict[str, Any],
+    origin: dict[str, Any] | None = None,
 ) -> Path:
     """Write both files; each appears under its name only when it is whole.
 
@@ -38,6 +39,7 @@ def export_backbone(
         net: which network this is.
         step: weight updates it has seen.
         data: what a user must feed it: `mean`, `std`, `size`.
+        origin: where imported weights come from.
 
     Returns:
         The path of the weights.
@@ -54,6 +56,7 @@ def export_backbone(
         "weights": {"file": WEIGHTS, "sha256": digest, "net": net},
         "data": data,
         "step": step,
+        **({"origin": origin} if origin else {}),
         "contramask": __version__,
         "commit": _commit(),
     }
@@ -85,7 +88,7 @@ def load_backbone(path: Path) -> tuple[Backbone, dict[str, Any]]:
             f"{weights} has another checksum than {sheet.name} says: one of them was changed or "
             "damaged; export the run again"
         )
-    backbone = _build(content, sheet)
+    backbone = build_backbone(content, sheet)
     try:
         state = load_file(weights)
     except SafetensorError as error:
@@ -100,7 +103,12 @@ def load_backbone(path: Path) -> tuple[Backbone, dict[str, Any]]:
     return backbone, content
 
 
-def _build(content: dict[str, Any], sheet: Path) -> Backbone:
+def build_backbone(content: dict[str, Any], sheet: Path) -> Backbone:
+    """The module that `class_path` and `init_args` of a file describe, with fresh weights.
+
+    Raises:
+        UserError: a class that contramask does not ship, or arguments it does not take.
+    """
     # The class is named in a file: only what contramask ships is built from it.
     module, _, name = str(content["class_path"]).rpartition(".")
     if not module.startswith("contramask.models."):

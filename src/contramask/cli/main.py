@@ -15,6 +15,7 @@ VERBS = {
     "pack": ("pack", "images to WebDataset shards with an index; check shards"),
     "pretrain": ("pretrain", "train a ViT by contrastive, masked or hybrid objectives"),
     "probe": ("probe", "linear and k-NN accuracy of a run's frozen features"),
+    "convert": ("convert", "weights of others into a backbone, and ours for timm or ONNX"),
     "doctor": ("doctor", "versions, devices, cluster, data: what is there and what is wrong"),
 }
 
