@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from contramask.callbacks.balance import Balance
 from contramask.callbacks.pictures import Pictures
 from contramask.callbacks.progress import Progress
 from contramask.callbacks.throughput import Throughput
@@ -37,6 +38,7 @@ def test_training_is_bitwise_the_same(tmp_path, monkeypatch, accumulate, precisi
     trainer = train(
         run,
         Pictures(every=1, images=3),
+        Balance(every=1),
         Throughput(),
         Progress(console=Console(file=io.StringIO(), force_terminal=True)),
         logger=[JSONLLogger(run), *once],
@@ -51,3 +53,4 @@ def test_training_is_bitwise_the_same(tmp_path, monkeypatch, accumulate, precisi
     # They did watch.
     assert len(list((run / "pictures").iterdir())) == 4 * 2
     assert [r["step"] for r in read_metrics(run) if "speed/step_s" in r] == [2, 4]
+    assert sum(any(k.startswith("balance/") for k in r) for r in read_metrics(run)) == 4

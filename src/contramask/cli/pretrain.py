@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
 
+from contramask.callbacks.balance import Balance
 from contramask.callbacks.checkpoint import Checkpoints
 from contramask.callbacks.export import Export
 from contramask.callbacks.finite import FiniteLoss
@@ -33,7 +34,7 @@ from contramask.training.pretraining import Pretraining
 log = logging.getLogger(__name__)
 
 # Observers leave training bitwise as it is, so their settings may change when a run goes on.
-OBSERVERS = ("checkpoint*", "online*", "pictures*", "export*", "wandb*")
+OBSERVERS = ("checkpoint*", "online*", "pictures*", "balance*", "export*", "wandb*")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,6 +75,7 @@ def build_parser() -> Parser:
     parser.add_class_arguments(Export, "export", skip={"folder", "data"})
     parser.add_class_arguments(OnlineProbes, "online")
     parser.add_class_arguments(Pictures, "pictures", skip={"folder"})
+    parser.add_class_arguments(Balance, "balance")
     parser.add_function_arguments(make_wandb, "wandb", skip={"run_dir", "config", "name"})
     parser.set_defaults(_defaults())
     return parser
@@ -125,7 +127,7 @@ def _trainer(parts: Namespace, run: Run, resolved: dict[str, Any]) -> pl.Trainer
     if isinstance(tracker, Tracker):
         preemption.before_exit.append(tracker.mark_preempting)
     # FiniteLoss first: the others should not meet features that are not finite.
-    watching = [FiniteLoss(), parts.online, parts.pictures, Throughput(), Progress()]
+    watching = [FiniteLoss(), parts.online, parts.pictures, parts.balance, Throughput(), Progress()]
     arguments["callbacks"] = [
         *watching,
         parts.export,

@@ -1,7 +1,6 @@
 """Pretraining: compute every declared pass once, sum the weighted objectives, move the teachers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -14,11 +13,13 @@ from contramask.models.ema import EmaCopy
 from contramask.objectives.objective import Objective
 from contramask.optim import Optim
 from contramask.schedule import Schedule, at
+from contramask.training.balance import balance
 from contramask.training.dropout import seed_layers
+from contramask.training.encoding import encode
 from contramask.training.inspection import draw
 from contramask.training.ledger import Ledger
 from contramask.training.plan import agree, check_depth, check_sizes, describe, plan
-from contramask.types import Batch, Loss, Mask, Pass, Spec, Step, Tokens, UserError
+from contramask.types import Batch, Loss, Pass, Spec, Step, Tokens, UserError
 
 
 class Pretraining(pl.LightningModule):
@@ -97,35 +98,22 @@ class Pretraining(pl.LightningModule):
 
     def encode(self, batch: Batch, step: Step) -> dict[Pass, Tokens]:
         """Every pass of the plan, computed once; equal (view, mask) pairs share one mask."""
-        drawn: dict[tuple[str, str], Mask] = {}
-        feats: dict[Pass, Tokens] = {}
-        for reads, served in self.plan.items():
-            view = batch["views"][reads.view]  # (V, B, 3, H, W)
-            mask, fill = None, None
-            if reads.mask is not None:
-                masking = self.masks[reads.mask]
-                assert isinstance(masking, Masking)
-                fill, key = masking.fill, (reads.mask, reads.view)
-                if key not in drawn:
-                    crops, images = view.shape[:2]
-                    drawn[key] = masking.sample("/".join(key), images, crops, step, view.device)
-                mask = drawn[key]
-            # By name, not by order: another objective must not move this one's drop path.
-            seed_layers(step, str(replace(reads, layers=())), view.device)
-            tokens = self._network(reads.net)(view.flatten(0, 1), mask, fill, reads.layers)
-            feats |= dict.fromkeys(served, tokens)
-        return feats
+        return encode(self.plan, self.masks, self._network, batch, step)
 
     def place(self, batch: Batch) -> Step:
         """Where this micro-batch stands, from its position in the stream and nothing else."""
+        step = self._place(batch)
+        if self.training and step.index != self.global_step:
+            raise RuntimeError(
+                f"the stream is at step {step.index} (position {batch['position']}), training at "
+                f"{self.global_step}: the loader did not start where the checkpoint stopped"
+            )
+        return step
+
+    def _place(self, batch: Batch) -> Step:
         images = len(batch["label"])
         rows = images * self.trainer.world_size * self.trainer.accumulate_grad_batches
         index, row = divmod(batch["position"], rows)
-        if self.training and index != self.global_step:
-            raise RuntimeError(
-                f"the stream is at step {index} (position {batch['position']}), training at "
-                f"{self.global_step}: the loader did not start where the checkpoint stopped"
-            )
         return Step(index, index / self.total_steps, self.seed, row, rows)
 
     @property
@@ -232,6 +220,18 @@ class Pretraining(pl.LightningModule):
         """
         step = Step(self.global_step, self.global_step / self.total_steps, self.seed)
         return draw(self.encode, self.terms, batch, step, images)
+
+    def balance(self, batch: Batch) -> dict[str, Tensor]:
+        """How the terms pull at the backbone, see `balance`; empty if there is but one.
+
+        The batch is one that was trained on. The caller keeps random states and buffers.
+        """
+        if len(self.terms) < 2:
+            return {}
+        step = self._place(batch)
+        weights = {name: at(weight, step.progress) for name, weight in self.weights.items()}
+        parameters = self.backbone.parameters()
+        return balance(self.encode, self.terms, weights, parameters, batch, step)
 
     def describe(self) -> str:
         """What will be computed in a step and how many parameters there are, in a few lines."""
