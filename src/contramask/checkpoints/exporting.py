@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contramask.checkpoints.export import SHEET, WEIGHTS, export_backbone, load_backbone
 from contramask.checkpoints.files import newest
@@ -172,18 +173,19 @@ def to_onnx(backbone: Backbone, path: Path) -> list[str]:
         )
     spec = backbone.spec
     size = (spec.grid[0] * spec.patch, spec.grid[1] * spec.patch)
-    batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(
-        Graph(backbone).eval(),
-        (torch.zeros(2, 3, *size),),
-        path,
-        dynamo=True,
-        external_data=False,
-        input_names=["image"],
-        output_names=["prefix", "patch"],
-        dynamic_shapes=({0: batch},),
-        verbose=False,
-    )
+    # Attention is spelled out: the fused kernel's strides are not those ONNX is told of.
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.onnx.export(
+            Graph(backbone).eval(),
+            (torch.zeros(2, 3, *size),),
+            path,
+            dynamo=True,
+            external_data=False,
+            input_names=["image"],
+            output_names=["prefix", "patch"],
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
     return [
         f"written to {path}",
         f"input image (B, 3, {size[0]}, {size[1]}), normalised; outputs prefix (B, R, {spec.dim}) "

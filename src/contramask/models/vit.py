@@ -138,7 +138,7 @@ class VisionTransformer(Backbone):
 
     def _place(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Add positions; class token and registers are made apart from the patches."""
-        vit, b = self.vit, len(x)
+        vit, b = self.vit, x.shape[0]  # len() would fix the batch of an exported graph
         prefix = [t.expand(b, -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
         first = torch.cat(prefix, 1) if prefix else x[:, :0]
         if vit.pos_embed is None:
