@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from contramask.checkpoints.architecture import Wishes
+from contramask.checkpoints.importing import import_backbone
 from contramask.functional.patches import patchify, sincos
 from contramask.masks import RandomMasking
 from contramask.models.vit import VisionTransformer
@@ -28,28 +30,30 @@ def official(parity):
     return parity("mae")
 
 
+@pytest.fixture(scope="module")
+def released(official, tmp_path_factory):
+    """A training checkpoint, as their code writes it."""
+    path = tmp_path_factory.mktemp("mae") / "checkpoint-799.pth"
+    torch.save({"model": official["state_dict"], "epoch": 799}, path)
+    return path
+
+
 @pytest.fixture
-def model(official):
+def model(official, released):
+    """The backbone by the converter, the decoder by its names here."""
     c = official["config"]
-    backbone = VisionTransformer(
-        "vit_small_patch16_224",
-        img_size=c["img_size"],
-        patch_size=c["patch"],
-        positions="sincos",
-        init="mae",
-        timm={"embed_dim": c["dim"], "depth": c["depth"], "num_heads": c["heads"]},
-    )
+    backbone = import_backbone(released, wishes=Wishes(heads=c["heads"])).backbone
     sizes = {"dim": c["dec_dim"], "depth": c["dec_depth"], "heads": c["dec_heads"]}
     objective = MAE(backbone.spec, mask="random", **sizes)
-    model = torch.nn.ModuleDict({"backbone": backbone, "objective": objective})
     state = {}
     for key, value in official["state_dict"].items():
         if key == "decoder_pos_embed":
             torch.testing.assert_close(objective.decoder.positions, value[0, 1:], atol=1e-6, rtol=0)
-            continue
-        state[ours(key)] = value.flatten() if key == "mask_token" else value
-    model.load_state_dict(state, strict=True)
-    return model
+        elif ours(key).startswith("objective."):
+            name = ours(key).removeprefix("objective.")
+            state[name] = value.flatten() if key == "mask_token" else value
+    objective.load_state_dict(state, strict=True)
+    return torch.nn.ModuleDict({"backbone": backbone, "objective": objective}).train()
 
 
 def mask_of(noise: torch.Tensor, visible: int) -> Mask:
@@ -155,3 +159,20 @@ def test_lars(official, close):
         optimizer.step()
         close("LARS", w, w_next, absolute=1e-6)
         close("LARS", b, b_next, absolute=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["avg", "cls"])
+def test_features_of_fine_tuned_models(official, tmp_path, close, kind):
+    """With `fc_norm` on the mean of the patches, or the class token."""
+    encoder = {k: v for k, v in official["state_dict"].items() if "blocks" in k or "embed" in k}
+    encoder = {k: v for k, v in encoder.items() if not k.startswith("decoder")}
+    names = ("cls_token",) if kind == "avg" else ("cls_token", "norm.weight", "norm.bias")
+    encoder |= {k: official["state_dict"][k] for k in names}
+    tuned = official["finetune"][kind]
+    torch.save({"model": encoder | tuned["state_dict"]}, tmp_path / "tuned.pth")
+    wishes = Wishes(heads=official["config"]["heads"])
+    backbone = import_backbone(tmp_path / "tuned.pth", wishes=wishes).backbone.eval()
+    tokens = backbone(official["imgs"], layers=(1,))
+    mean = backbone.vit.norm(tokens.layers[1][:, 1:].mean(1))
+    found = mean if kind == "avg" else tokens.cls
+    close("features, fine-tuned", found, tuned["features"], absolute=5e-6)

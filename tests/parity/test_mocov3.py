@@ -1,9 +1,13 @@
 """MoCo v3 against tensors of the authors' own code: queries, keys, loss, gradients, averages."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from contramask.checkpoints.architecture import Wishes
+from contramask.checkpoints.importing import import_backbone
 from contramask.functional.contrast import infonce
 from contramask.functional.patches import sincos
 from contramask.models.ema import EmaCopy
@@ -35,8 +39,16 @@ class Trained(torch.nn.Module):
         self.teacher = EmaCopy(self.backbone)
         self.objective = MoCoV3(self.backbone.spec, out=c["dim"], hidden=c["mlp_dim"])
 
-    def load(self, state: dict) -> None:
-        self.load_state_dict({ours(k): v for k, v in state.items()}, strict=True)
+    def load(self, path: Path, state: dict) -> None:
+        """Both backbones by the converter, heads by their names here."""
+        heads = {ours(k): v for k, v in state.items() if ours(k).startswith("objective.")}
+        heads = {k.removeprefix("objective."): v for k, v in heads.items()}
+        self.objective.load_state_dict(heads, strict=True)
+        for net, own in (("student", self.backbone), ("teacher", self.teacher.module)):
+            found = import_backbone(path, net=net, wishes=Wishes(heads=4)).backbone
+            assert found.spec == own.spec
+            assert found.config["positions"] == own.config["positions"]
+            own.load_state_dict(found.state_dict(), strict=True)
 
 
 def ours(name: str) -> str:
@@ -50,10 +62,19 @@ def ours(name: str) -> str:
     return ("backbone.vit." if net == "base_encoder" else "teacher.module.vit.") + rest
 
 
+@pytest.fixture(scope="module")
+def released(official, tmp_path_factory):
+    """A checkpoint of distributed training, as their code writes it."""
+    path = tmp_path_factory.mktemp("mocov3") / "checkpoint_0299.pth.tar"
+    state = {f"module.{k}": v for k, v in official["state_before"].items()}
+    torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state}, path)
+    return path
+
+
 @pytest.fixture
-def model(official):
+def model(official, released):
     model = Trained(official["config"])
-    model.load(official["state_before"])
+    model.load(released, official["state_before"])
     return model
 
 
