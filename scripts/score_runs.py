@@ -1,0 +1,108 @@
+"""k-NN and linear accuracy of runs, of random backbones and of raw pixels, over seeds: one table.
+
+    python scripts/score_runs.py --data cifar10 --size 32 --baselines runs/*_s[012]
+
+Runs are named OBJECTIVE_sSEED; those of one objective give a mean and the largest distance of a
+seed from it. Features are the class token and the mean of the patches, as they are; 20 nearest
+neighbours by the cosine, linear probe of 50 epochs with its rate chosen on a tenth of train. A
+random backbone is one of the first run's kind, with the seed of each run.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contramask.checkpoints.export import load_backbone
+from contramask.data.examples import Images
+from contramask.data.module import ImageShards
+from contramask.probes.features import extract
+from contramask.probes.knn import KNN
+from contramask.probes.linear import LinearProbe, LinearRecipe
+
+SOURCES = ("mean", "cls")
+Bank = tuple[Tensor, Tensor, Tensor, Tensor]  # train features and labels, val features and labels
+
+
+def scores(bank: Bank, classes: int, seed: int) -> list[float]:
+    """k-NN and linear accuracy, %."""
+    x, y, queries, labels = bank
+    knn = KNN(classes, ks=(20,))
+    knn.fit(x, y)
+    linear = LinearProbe(x.shape[1], classes, recipe=LinearRecipe(epochs=50, seed=seed))
+    linear.fit(x, y)
+    right = [(p.predict(queries).argmax(1) == labels).float().mean() for p in (knn, linear)]
+    return [100 * share.item() for share in right]
+
+
+def show(rows: dict[str, list[list[float]]]) -> None:
+    """A markdown table: mean over seeds and largest distance from it."""
+    print("| %, mean ± distance | k-NN, mean of patches | linear | k-NN, class token | linear |")
+    print("|---|---|---|---|---|")
+    for name, seeds in rows.items():
+        table = torch.tensor(seeds)
+        mean, spread = table.mean(0), (table - table.mean(0)).abs().amax(0)
+        cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(mean.tolist(), spread.tolist(), strict=True)]
+        print(f"| {name} ({len(seeds)}) | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    """Read the arguments, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--data", type=Path, required=True, help="has train-*.tar and val-*.tar")
+    parser.add_argument("--baselines", action="store_true", help="raw pixels and random init too")
+    parser.add_argument("--size", type=int, default=32)
+    given = parser.parse_args()
+    data = ImageShards(
+        train=f"{given.data}/train-*.tar",
+        val=f"{given.data}/val-*.tar",
+        views={},
+        images=Images(size=given.size, resize=given.size),
+        batch_size=256,
+        workers=0,
+    )
+
+    def bank(read: Callable[[Any], tuple[Tensor, Tensor]]) -> Bank:
+        parts = []
+        for split in ("train", "val"):
+            loader = data.clean_dataloader(split)
+            parts += read(data.to_device(batch, "cpu") for batch in loader)
+        return tuple(parts)
+
+    def pixels(batches: Any) -> tuple[Tensor, Tensor]:
+        found = [(b["views"]["clean"][0].flatten(1), b["label"]) for b in batches]
+        return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+    raw = bank(pixels)  # (N, 3 S S)
+    classes = int(raw[1].max()) + 1
+    seeds = sorted({int(run.name.rsplit("_s", 1)[1]) for run in given.runs})
+    table: dict[str, list[list[float]]] = defaultdict(list)
+    for seed in seeds if given.baselines else ():
+        table["raw pixels"].append(scores(raw, classes, seed) * 2)
+    backbone, _ = load_backbone(given.runs[0])
+
+    def of(backbone: Any, seed: int) -> list[float]:
+        found = []
+        for source in SOURCES:
+            found += scores(bank(lambda b, s=source: extract(backbone, b, source=s)), classes, seed)
+        return found
+
+    for seed in seeds if given.baselines else ():
+        torch.manual_seed(seed)
+        table["random init"].append(of(type(backbone)(**backbone.config), seed))
+    show(table)
+    for run in given.runs:
+        name, seed = run.name.rsplit("_s", 1)
+        backbone, _ = load_backbone(run)
+        table[name].append(of(backbone, int(seed)))
+        print(run.name, [round(x, 2) for x in table[name][-1]], flush=True)
+    show(table)
+
+
+if __name__ == "__main__":
+    main()
