@@ -100,7 +100,7 @@ def yacs(monkeypatch):
         patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
         patch.setitem(sys.modules, "yacs.config", module)
         node = CfgNode(MODEL=CfgNode(TYPE="vit"))
-        node.__dict__["__immutable__"] = True
+        node.__dict__.update({"__immutable__": True, "__deprecated_keys__": {"OLD"}})
 
         def save(content, path):
             torch.save({**content, "config": node}, path)
