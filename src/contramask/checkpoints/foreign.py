@@ -125,7 +125,7 @@ def _add(tensors: dict[str, Tensor], name: str, value: Any, path: Path) -> None:
     if isinstance(value, Tensor):
         short = ".".join(part for part in name.split(".") if part not in ENVELOPES)
         if short in tensors:
-            raise UserError(f"{path} holds {short} twice, with and without an envelope")
+            raise UserError(f"{path} holds {short} twice, in two wrappers; keep one of them")
         tensors[short] = value.detach()
     elif isinstance(value, Mapping):
         for key, item in value.items():
