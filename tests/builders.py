@@ -17,7 +17,9 @@ from contramask.masks import (
     VariedBlockMasking,
 )
 from contramask.models.ema import EmaCopy
+from contramask.models.tokenizers.patches import PatchTokenizer
 from contramask.models.vit import VisionTransformer
+from contramask.objectives.beit import BEiT
 from contramask.objectives.cmae import CMAEContrast
 from contramask.objectives.dino import DINO
 from contramask.objectives.ibot import IBOT
@@ -91,10 +93,17 @@ def toy_batch(position: int, batch: int, dtype: torch.dtype = torch.float32) -> 
     )
 
 
+def beit(spec: Spec, *, mask: str) -> BEiT:
+    """With a tokenizer of its own, since precision goes along; a word is 2 x 2 pixels."""
+    tokenizer = PatchTokenizer((1 + exact(13, 12, seed=5)) / 2)
+    return BEiT(spec, mask=mask, vocabulary=13, tokenizer=tokenizer)
+
+
 MASKED: dict[str, Any] = {
     "mae": partial(MAE, mask="random", dim=16, depth=1, heads=2),
     "simmim": partial(SimMIM, mask="units"),
     "maskfeat": partial(MaskFeat, mask="blocks", cell=2, window=4),
+    "beit": partial(beit, mask="blocks"),
     "ijepa": partial(IJEPA, mask="multiblock", dim=16, depth=1, heads=2),
 }
 MASKS: dict[str, Any] = {
@@ -120,6 +129,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mae": {"masked": MASKED["mae"]},
     "simmim": {"masked": MASKED["simmim"]},
     "maskfeat": {"masked": MASKED["maskfeat"]},
+    "beit": {"masked": MASKED["beit"]},
     "ijepa": {"masked": MASKED["ijepa"]},
     "cmae": {
         "contrast": partial(

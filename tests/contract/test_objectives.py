@@ -10,6 +10,7 @@ import torch
 import contramask.objectives
 from contramask.masks import RandomMasking
 from contramask.models.ema import EmaCopy
+from contramask.models.tokenizers.patches import PatchTokenizer
 from contramask.objectives.objective import Objective
 from contramask.types import Batch, Pass, Spec, Step, Tokens, UserError
 from tests.builders import randn
@@ -33,6 +34,8 @@ def build(kind: type[Objective]) -> Objective:
     torch.manual_seed(0)
     takes = inspect.signature(kind).parameters
     arguments = {k: v for k, v in SMALL.items() if k in takes}
+    if "tokenizer" in takes:
+        arguments |= {"tokenizer": PatchTokenizer(randn(11, 12).sigmoid()), "vocabulary": 11}
     needed = [p.name for p in takes.values() if p.default is p.empty and p.name != "spec"]
     return kind(SPEC, **arguments, **{name: "hide" for name in needed if name == "mask"})
 

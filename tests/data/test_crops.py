@@ -56,7 +56,8 @@ def test_every_configuration_is_read(path):
 
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize(
-    "name", ["mocov3", "simclr", "mae", "simmim", "maskfeat", "ijepa", "multicrop", "hybrid"]
+    "name",
+    ["mocov3", "simclr", "mae", "simmim", "maskfeat", "ijepa", "beit", "multicrop", "hybrid"],
 )
 def test_recipes_have_their_papers_views(name, small):
     text = (CONFIGS / f"{name}{'_cifar' * small}.yaml").read_text()
@@ -67,11 +68,13 @@ def test_recipes_have_their_papers_views(name, small):
         "simmim": {"mild"},
         "maskfeat": {"mild"},
         "ijepa": {"mild"},
+        "beit": {"mild"},
         "multicrop": {"global", "local"},
         "hybrid": {"global", "mild"},
     }.get(name, {"global"})
     for kind, crops in groups.items():
-        assert (crops.number, crops.size, bool(crops.photometric)) == {
+        coloured = bool(crops.photometric) != (name == "beit")  # its one view is
+        assert (crops.number, crops.size, coloured) == {
             "global": (2, 32 if small else 224, True),
             "mild": (1, 32 if small else 224, False),
             "local": (4 if small else 8, 16 if small else 96, True),

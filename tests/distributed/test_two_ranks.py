@@ -59,7 +59,7 @@ def test_contrastive_losses_and_gradients(ranks, alone, name):
         torch.testing.assert_close(found, expected, rtol=0, atol=limit, msg=key)
 
 
-@pytest.mark.parametrize("recipe", ["mae", "simmim", "maskfeat", "ijepa"])
+@pytest.mark.parametrize("recipe", ["mae", "simmim", "maskfeat", "beit", "ijepa"])
 def test_masked_training_is_that_of_one_process(ranks, trained, recipe):
     """Three updates of two micro-batches, masks included."""
     key = f"train/{recipe}"

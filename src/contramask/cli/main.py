@@ -16,6 +16,7 @@ VERBS = {
     "pretrain": ("pretrain", "train a ViT by contrastive, masked or hybrid objectives"),
     "probe": ("probe", "linear and k-NN accuracy of a run's frozen features"),
     "convert": ("convert", "weights of others into a backbone, and ours for timm or ONNX"),
+    "tokenizer": ("tokenizer", "fit the visual words that BEiT predicts"),
     "doctor": ("doctor", "versions, devices, cluster, data: what is there and what is wrong"),
 }
 
