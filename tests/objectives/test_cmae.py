@@ -89,3 +89,33 @@ def test_views_need_equally_many_crops():
     objective = case()[0]
     with pytest.raises(UserError, match=r"'mild' has 2, view 'shifted' has 1; set data.views.shif"):
         objective.check({"mild": 2, "shifted": 1}, IMAGES)
+
+
+def test_two_ranks_are_one_process(monkeypatch):
+    """Keys of all ranks, each rank's labels where its own keys begin; heads without batch norm."""
+    objective, feats, _ = case()
+    objective.projector = objective.predictor = torch.nn.Identity()
+    objective.teacher = torch.nn.Identity()
+
+    def of(rows: slice) -> float:
+        parts = {}
+        for reads, t in feats.items():
+            mask = t.mask
+            if mask is not None:
+                mask = mask._replace(hidden=mask.hidden[rows], targets=mask.targets[rows])
+            layers = {i: x[rows] for i, x in t.layers.items()}
+            parts[reads] = Tokens(t.prefix[rows], t.patch[rows], mask, layers)
+        label = torch.zeros(len(range(*rows.indices(4)))).long()
+        views = {k: torch.zeros(1, len(label), 3, 8, 12) for k in ("mild", "shifted")}
+        return objective(parts, Batch(views=views, label=label, position=0), STEP).value.item()
+
+    whole = of(slice(0, 4))
+    keys = feats[objective.passes[1]].layers[2][:4, 2:].mean(1)
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    monkeypatch.setattr("contramask.objectives.cmae.gather", lambda k: keys)
+    losses = []
+    for rank in (0, 1):
+        monkeypatch.setattr("contramask.objectives.cmae.rank", lambda r=rank: r)
+        losses.append(of(slice(2 * rank, 2 * rank + 2)))
+    assert losses[0] != losses[1]
+    assert sum(losses) / 2 == pytest.approx(whole, rel=1e-5)

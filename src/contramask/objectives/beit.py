@@ -28,7 +28,8 @@ class BEiT(Objective):
     Args:
         spec: of the backbone.
         mask: a mask with a fill.
-        tokenizer: a file of `contramask tokenizer fit` or of DALL-E's encoder, or a tokenizer.
+        tokenizer: a file of `contramask tokenizer fit` or of DALL-E's encoder, as a path from where
+            the run is started; or a tokenizer.
         vocabulary: words the head knows, as many as the tokenizer's.
         view: the group of crops it looks at.
         average: over which hidden patches: of a `rank`, as in the authors' code, where a rank with
