@@ -6,11 +6,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from contramask.models.heads import BlockReader
 from contramask.objectives.simmim import SimMIM
 from contramask.optim import Optim
 from contramask.schedule import Schedule
 from contramask.training.pretraining import Pretraining
-from contramask.types import Step, UserError
+from contramask.types import Spec, Step, UserError
 from tests.builders import (
     MASKS,
     RECIPES,
@@ -119,6 +120,14 @@ def test_layers_that_leave_blocks_untrained_are_refused():
         Pretraining(tiny_vit(), one, masks={"units": MASKS["units"]})
     with pytest.raises(UserError, match=r"layer is 2, the backbone has blocks 0 to 1"):
         Pretraining(tiny_vit(), {"masked": partial(SimMIM, mask="units", layer=2)})
+
+
+@pytest.mark.parametrize(("layer", "block"), [(0.5, 5), (0.01, 0), (0.99, 11), (0, 0), (11, 11)])
+def test_a_layer_may_be_a_fraction_of_the_depth(layer, block):
+    spec = Spec(dim=6, patch=4, grid=(2, 3), depth=12)
+    assert BlockReader(spec, layer).layers == (block,)
+    with pytest.raises(UserError, match=r"layer is 12, the backbone has blocks 0 to 11"):
+        BlockReader(spec, 12)
 
 
 def test_masks_of_one_name_are_shared_between_passes_of_a_view():

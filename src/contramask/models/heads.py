@@ -1,5 +1,6 @@
 """Projection, prediction and prototype heads of objectives."""
 
+import math
 from itertools import pairwise
 from typing import Literal
 
@@ -157,18 +158,22 @@ class BlockReader(nn.Module):
 
     Args:
         spec: of the backbone.
-        block: number of the block from 0, whose output is read through a layer norm of its own;
-            None: the last tokens as they are, and this module does nothing.
+        block: number of the block from 0, whose output is read through a layer norm of its own, or
+            the fraction of the depth that it ends: 0.5 of 12 blocks is block 5. None: the last
+            tokens as they are, and this module does nothing.
     """
 
-    def __init__(self, spec: Spec, block: int | None):
+    def __init__(self, spec: Spec, block: int | float | None):
         super().__init__()
-        if block is not None and not 0 <= block < spec.depth:
+        if isinstance(block, float) and 0 < block < 1:
+            block = math.ceil(block * spec.depth) - 1
+        if block is not None and (block not in range(spec.depth)):
             raise UserError(
-                f"layer is {block}, the backbone has blocks 0 to {spec.depth - 1}; set "
+                f"layer is {block}, the backbone has blocks 0 to {spec.depth - 1}; give one of "
+                "them, or a fraction of the depth between 0 and 1, at "
                 "model.objectives.NAME.init_args.layer"
             )
-        self.block = block
+        self.block = None if block is None else int(block)
         self.norm = None if block is None else nn.LayerNorm(spec.dim, eps=1e-6)
 
     @property

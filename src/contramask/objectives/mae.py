@@ -27,7 +27,8 @@ class MAE(Objective):
         heads: its attention heads.
         normalise: targets have mean 0 and (unbiased) variance 1 within each patch; the authors'
             released models do, their code's default does not.
-        layer: number of the block, from 0, whose tokens it reads; None: the last.
+        layer: number of the block, from 0, whose tokens it reads, or a fraction of the depth;
+            None: the last.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class MAE(Objective):
         depth: int = 8,
         heads: int = 16,
         normalise: bool = True,
-        layer: int | None = None,
+        layer: int | float | None = None,
     ):
         super().__init__()
-        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.read = BlockReader(spec, layer)
+        self.layer = self.read.block
         self.passes = (Pass(view, mask, layers=self.read.layers),)
         self.spec, self.normalise = spec, normalise
         out = 3 * spec.patch**2

@@ -29,7 +29,8 @@ class MoCoV3(Objective):
         temperature: T.
         out: width of queries and keys.
         hidden: width of the hidden layers of projector and predictor.
-        layer: number of the block, from 0, whose tokens it reads; None: the last.
+        layer: number of the block, from 0, whose tokens it reads, or a fraction of the depth;
+            None: the last.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class MoCoV3(Objective):
         temperature: float = 0.2,
         out: int = 256,
         hidden: int = 4096,
-        layer: int | None = None,
+        layer: int | float | None = None,
     ):
         super().__init__()
-        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.read = BlockReader(spec, layer)
+        self.layer = self.read.block
         self.read_teacher = EmaCopy(self.read)
         layers = self.read.layers
         self.passes = (Pass(view, mask, layers=layers), Pass(view, net="teacher", layers=layers))

@@ -29,7 +29,8 @@ class SimCLR(Objective):
         layers: of the projection head; 3 in SimCLR v2, 2 in the paper.
         scale: of the loss. 1 is the authors' code, twice the mean over the 2 M anchors; 0.5 is
             that mean, which most reimplementations minimise.
-        layer: number of the block, from 0, whose tokens it reads; None: the last.
+        layer: number of the block, from 0, whose tokens it reads, or a fraction of the depth;
+            None: the last.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class SimCLR(Objective):
         hidden: int | None = None,
         layers: int = 3,
         scale: float = 1.0,
-        layer: int | None = None,
+        layer: int | float | None = None,
     ):
         super().__init__()
-        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.read = BlockReader(spec, layer)
+        self.layer = self.read.block
         self.passes = (Pass(view, mask, layers=self.read.layers),)
         self.temperature, self.scale = temperature, scale
         widths = [spec.dim, *[hidden or spec.dim] * (layers - 1), out]

@@ -21,12 +21,16 @@ class SimMIM(Objective):
         spec: of the backbone.
         mask: a mask with a fill.
         view: the group of crops it reconstructs.
-        layer: number of the block, from 0, whose tokens it reads; None: the last.
+        layer: number of the block, from 0, whose tokens it reads, or a fraction of the depth;
+            None: the last.
     """
 
-    def __init__(self, spec: Spec, *, mask: str, view: str = "mild", layer: int | None = None):
+    def __init__(
+        self, spec: Spec, *, mask: str, view: str = "mild", layer: int | float | None = None
+    ):
         super().__init__()
-        self.layer, self.read = layer, BlockReader(spec, layer)
+        self.read = BlockReader(spec, layer)
+        self.layer = self.read.block
         self.passes = (Pass(view, mask, layers=self.read.layers),)
         self.spec = spec
         # The official 1 x 1 convolution and pixel shuffle, as the matrix they are; its rows are
