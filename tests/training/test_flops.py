@@ -101,8 +101,22 @@ def test_moco_counts_the_teacher_once_and_frozen_patches_less():
         ),
         {"moco": partial(MoCoV3, hidden=32, out=16)},
     )
-    ours, torchs = both_counts(module, batch(**{module.plan[0].view: 2}))
+    ours, torchs = both_counts(module, batch(**{next(iter(module.plan)).view: 2}))
     assert ours == pytest.approx(torchs, rel=1e-3)
+
+
+def test_passes_that_share_a_forward_are_counted_once():
+    def of(*layers: int | None) -> float:
+        terms = {
+            f"at {i}": partial(SimMIM, mask="blocks", view="mild", layer=layer)
+            for i, layer in enumerate(layers)
+        }
+        masks = {"blocks": partial(UnitMasking, unit=4, ratio=0.6)}
+        return both_counts(Pretraining(backbone(), terms, masks=masks), batch(mild=1))[0]
+
+    one, three = of(None), of(None, 0, 1)
+    heads = 3 * 2 * DIM * 3 * PATCH**2  # of a token: forward and two products back
+    assert 0 < three - one < 4 * heads * B * (SIZE[0] // PATCH) * (SIZE[1] // PATCH)
 
 
 def test_a_hybrid_sums_its_passes():
@@ -135,7 +149,7 @@ class Looking(nn.Module):
 def test_layers_without_gradient_count_once_and_those_with_for_their_weights():
     objective = Looking()
     module = SimpleNamespace(
-        objectives=nn.ModuleDict({"x": objective}), plan=(), backbone=nn.Identity()
+        objectives=nn.ModuleDict({"x": objective}), plan={}, backbone=nn.Identity()
     )
     with StepFlops(module) as meter:
         objective({}, {}, None)

@@ -12,7 +12,7 @@ from contramask import distributed
 from contramask.functional.patches import patchify, unpatchify
 from contramask.models.tokenizers.files import fingerprint, load_tokenizer
 from contramask.models.tokenizers.tokenizer import Beside, Tokenizer
-from contramask.objectives.objective import Feats, Objective
+from contramask.objectives.objective import Feats, Objective, need_fill
 from contramask.types import Batch, Loss, Pass, Spec, Step, UserError
 
 
@@ -78,11 +78,7 @@ class BEiT(Objective):
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
         tokens = feats[self.passes[0]]
         assert tokens.mask is not None
-        if tokens.patch.shape[1] != self.spec.patches:
-            raise UserError(
-                f"BEiT names hidden patches from the tokens in their place, mask "
-                f"{self.passes[0].mask!r} drops them; set model.masks.NAME.init_args.fill: true"
-            )
+        need_fill("BEiT", tokens, self.passes[0])
         image = batch["views"][self.passes[0].view].flatten(0, 1)  # (VB, 3, H, W)
         hidden, visible = tokens.mask.hidden, tokens.mask.visible
         if visible is None:

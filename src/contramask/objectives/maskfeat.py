@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from contramask.functional.hog import check_sizes, hog_of_patches
 from contramask.functional.patches import patchify, unpatchify
-from contramask.objectives.objective import Feats, Objective
+from contramask.objectives.objective import Feats, Objective, need_fill
 from contramask.types import Batch, Loss, Pass, Spec, Step, UserError
 
 
@@ -60,11 +60,7 @@ class MaskFeat(Objective):
     def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
         tokens = feats[self.passes[0]]
         assert tokens.mask is not None
-        if tokens.patch.shape[1] != self.spec.patches:
-            raise UserError(
-                f"MaskFeat predicts hidden patches from the tokens in their place, mask "
-                f"{self.passes[0].mask!r} drops them; set model.masks.NAME.init_args.fill: true"
-            )
+        need_fill("MaskFeat", tokens, self.passes[0])
         image = batch["views"][self.passes[0].view].flatten(0, 1)  # (VB, 3, H, W)
         prediction = self.decoder(tokens.patch).float()  # (VB, N, Z)
         error = (prediction - self.target(image)).square().mean(-1)  # (VB, N)

@@ -103,10 +103,9 @@ class StepFlops:
 
     def _note(self, objective: nn.Module, inputs: tuple[Any, ...]) -> None:
         feats: dict[Pass, Tokens] = inputs[0]
-        for reads in self.module.plan:
-            if reads in feats:
-                prefix, patch = feats[reads].prefix, feats[reads].patch
-                self.tokens[reads] = (len(patch), prefix.shape[1] + patch.shape[1])
+        for reads, (served, *_) in self.module.plan.items():
+            prefix, patch = feats[served].prefix, feats[served].patch
+            self.tokens[reads] = (len(patch), prefix.shape[1] + patch.shape[1])
 
     def _count(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():  # leave no trace in a graph that stays
