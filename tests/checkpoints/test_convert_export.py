@@ -9,8 +9,10 @@ import timm
 import torch
 
 from contramask.checkpoints import exporting
+from contramask.checkpoints.architecture import Wishes
 from contramask.checkpoints.export import export_backbone, load_backbone
 from contramask.checkpoints.exporting import export
+from contramask.checkpoints.importing import import_backbone
 from contramask.models.vit import VisionTransformer
 from contramask.types import UserError
 from tests.builders import fit, pretraining, randn
@@ -115,6 +117,12 @@ def test_student_and_teacher_of_a_run(run, tmp_path, net, from_file):
         assert sheet["data"] == DATA
     other = module.teacher.module if chosen == "student" else module.backbone
     assert not torch.equal(joined(other, IMAGE), joined(expected, IMAGE))
+
+
+def test_what_a_run_says_of_itself_is_not_overruled_in_silence(run):
+    checkpoint = run[0] / "checkpoints" / "step-2.ckpt"
+    with pytest.raises(UserError, match=r"its configuration says what it is; leave out"):
+        import_backbone(checkpoint, wishes=Wishes(img_size=32))
 
 
 def test_a_network_that_is_not_there(tmp_path):

@@ -226,6 +226,15 @@ def test_shared_relative_positions(tmp_path, code):
     )
 
 
+def test_relative_positions_are_not_resized_in_silence(tmp_path):
+    content = beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True).state_dict()
+    with pytest.raises(UserError, match=r"relative positions are not resized on import"):
+        imported(tmp_path, {"model": content}, Wishes(img_size=64))
+    side = IMAGE.shape[2]
+    found = imported(tmp_path, {"model": content}, Wishes(img_size=side))
+    assert found.backbone.config["img_size"] == (side, side)
+
+
 def test_relative_positions_of_each_block(tmp_path):
     """As BEiT is fine-tuned, with fc_norm; the classifier norms the mean of the patches."""
     model = beit(use_rel_pos_bias=True)

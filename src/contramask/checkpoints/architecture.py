@@ -104,6 +104,11 @@ def infer(
         grid, kind, prefix = _relative_grid(state[tables[0]], wishes, source), "relative", 0
         if tables[0] != f"bias.{TABLE}":
             kind = "relative_per_block"
+        if wishes.img_size is not None and _new_grid(wishes.img_size, sizes.patch) != grid:
+            raise UserError(
+                f"{source}: relative positions are not resized on import; leave --img_size out, or "
+                f"give {grid[0] * sizes.patch}"
+            )
         number = wishes.heads or state[tables[0]].shape[1]
     else:
         grid, prefix = _grid(state, wishes, source)

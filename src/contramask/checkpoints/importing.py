@@ -73,6 +73,11 @@ def import_backbone(
             wishes=wishes or Wishes(),
         )
         described = {"class_path": VIT, "init_args": arguments}
+    elif wishes not in (None, Wishes()):
+        raise UserError(
+            f"{source}: its configuration says what it is; leave out what describes or resizes it "
+            "(--heads, --grid, --img_size, --name, --interpolation)"
+        )
     backbone = build_backbone(described, path)
     _load(backbone, state, source)
     return Imported(backbone, known.name, found, file.step, dropped, notes)
