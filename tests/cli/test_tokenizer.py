@@ -50,7 +50,7 @@ def test_help(capsys):
     [
         (["train"], "no command 'train' of tokenizer; there is fit"),
         (["fit", "--out", "t.pt"], r"--out is t.pt; give a name that ends in .safetensors"),
-        (["fit", "--out", "t.safetensors", "--vocabulary", "1"], "--vocabulary is 1; give a larg"),
+        (["fit", "--out", "t.safetensors", "--vocabulary", "1"], "--vocabulary is 1; give a"),
     ],
 )
 def test_mistakes(shards, options, message):

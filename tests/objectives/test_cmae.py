@@ -87,7 +87,7 @@ def test_sizes_of_the_paper():
 
 def test_views_need_equally_many_crops():
     objective = case()[0]
-    with pytest.raises(UserError, match=r"'mild' has 2, view 'shifted' has 1; set data.views.shif"):
+    with pytest.raises(UserError, match=r"'mild' has 2, view 'shifted' has 1; set data.views"):
         objective.check({"mild": 2, "shifted": 1}, IMAGES)
 
 

@@ -7,7 +7,7 @@ random, so training is bitwise the same with it and without it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,7 +30,7 @@ class Planned(Protocol):
 
     backbone: Any
     objectives: nn.ModuleDict
-    plan: tuple[Pass, ...]
+    plan: Mapping[Pass, tuple[Pass, ...]]
 
 
 def vit_forward_flops(*, dim: int, depth: int, tokens: int, mlp_ratio: float = 4.0) -> int:
