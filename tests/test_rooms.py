@@ -36,6 +36,7 @@ LIGHTNING = ("training/", "callbacks/", "tracking/", "checkpoints/", "data/modul
 # Third-party packages and where they may come in. An empty tuple: nowhere.
 DOORS: dict[str, tuple[str, ...]] = {
     "timm": ("models/vit.py",),
+    "scipy": ("models/positions.py",),
     "webdataset": ("data/shards.py",),
     "wandb": ("tracking/wandb.py",),
     "matplotlib": ("report/",),

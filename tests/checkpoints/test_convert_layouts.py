@@ -1,5 +1,7 @@
 """Every known layout becomes a backbone with the features of an independent reference."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -10,7 +12,7 @@ from contramask.checkpoints.architecture import Wishes
 from contramask.checkpoints.export import load_backbone
 from contramask.checkpoints.importing import import_backbone, write_imported
 from contramask.functional.patches import sincos
-from contramask.models.positions import resize_positions
+from contramask.models.positions import resize_positions, resize_relative
 from contramask.types import UserError
 from tests.builders import randn
 from tests.checkpoints.convert_files import (
@@ -204,7 +206,7 @@ def test_dinov2_in_chunks(tmp_path):
     assert_same(imported(tmp_path, content).backbone, model.forward_features(IMAGE))
 
 
-def beit(**kinds: bool):
+def beit(**kinds: Any):
     return vit("beit_base_patch16_224", use_abs_pos_emb=False, init_values=0.1, **kinds)
 
 
@@ -226,13 +228,24 @@ def test_shared_relative_positions(tmp_path, code):
     )
 
 
-def test_relative_positions_are_not_resized_in_silence(tmp_path):
-    content = beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True).state_dict()
-    with pytest.raises(UserError, match=r"relative positions are not resized on import"):
-        imported(tmp_path, {"model": content}, Wishes(img_size=64))
-    side = IMAGE.shape[2]
+@pytest.mark.parametrize("kind", ["use_shared_rel_pos_bias", "use_rel_pos_bias"])
+@pytest.mark.parametrize("side", [16, 48])
+def test_relative_positions_are_resized(tmp_path, kind, side):
+    kinds = {"use_rel_pos_bias": False, kind: True}
+    content = beit(**kinds).state_dict()
     found = imported(tmp_path, {"model": content}, Wishes(img_size=side))
     assert found.backbone.config["img_size"] == (side, side)
+    new = (side // 8, side // 8)
+    resized = {
+        k: resize_relative(v, (4, 4), new) if k.endswith("bias_table") else v
+        for k, v in content.items()
+    }
+    expected = beit(**kinds, img_size=side)
+    expected.load_state_dict(resized)
+    image = randn(2, 3, side, side)
+    torch.testing.assert_close(
+        joined(found.backbone, image), expected.forward_features(image), atol=1e-5, rtol=0
+    )
 
 
 def test_relative_positions_of_each_block(tmp_path):

@@ -1,14 +1,17 @@
 """Positions on other grids: against timm, a loop of cubic weights, and DINO's own tensors."""
 
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
-from contramask.models.positions import RelativeBias, resize_positions
+from contramask.models.positions import RelativeBias, resize_positions, resize_relative
 from contramask.models.vit import VisionTransformer
 from tests.builders import randn, tiny_vit
 
@@ -176,3 +179,61 @@ def test_relative_bias_has_timm_s_order():
     ours, theirs = RelativeBias(OLD, 3), RelPosBias(OLD, 3, prefix_tokens=1)
     ours.relative_position_bias_table.data.copy_(theirs.relative_position_bias_table.data)
     assert torch.equal(ours.get_bias(), theirs.get_bias())
+
+
+def relative(function, grid: tuple[int, int]) -> torch.Tensor:
+    """A table for one head, of a function of the two differences, and three numbers more."""
+    down, right = (np.arange(2 * side - 1.0) - side + 1 for side in grid)
+    values = torch.from_numpy(function(down[:, None], right[None])).flatten()
+    return torch.cat([values, torch.tensor([7.0, 8.0, 9.0])])[:, None].float()
+
+
+def test_relative_positions_near_the_middle_stay():
+    """A difference of one patch stays one; all beside it is smooth."""
+    table = randn((2 * 4 - 1) * (2 * 3 - 1) + 3, 2)
+    found = resize_relative(table, (4, 3), (6, 8))
+    assert found.shape == ((2 * 6 - 1) * (2 * 8 - 1) + 3, 2)
+    old = table[:-3].unflatten(0, (7, 5))[2:5, 1:4]
+    new = found[:-3].unflatten(0, (11, 15))[4:7, 6:9]
+    torch.testing.assert_close(new, old, atol=1e-5, rtol=0)
+    assert torch.equal(found[-3:], table[-3:])
+
+
+@pytest.mark.parametrize(("old", "new"), [((5, 5), (8, 8)), ((4, 6), (5, 7)), ((7, 7), (3, 3))])
+def test_stretched_positions_give_back_a_cubic(old, new):
+    """Splines through a polynomial of third degree are that polynomial, wherever they are fixed."""
+
+    def function(down, right):
+        return 0.01 * down**3 - 0.2 * right**2 + 0.1 * down * right
+
+    def stretched(side, wider):
+        """q such that 1 + q + ... fills the wider table, by roots of the polynomial."""
+        coefficients = np.ones(side - 1)
+        coefficients[-1] -= wider - 1
+        real = [r.real for r in np.roots(coefficients) if abs(r.imag) < 1e-9 and r.real > 0]
+        q = min(max([*real, 0.0]), 1.5)
+        far = np.cumsum(max(q, 1.01) ** np.arange(side - 1))
+        return np.concatenate([-far[::-1], [0.0], far])
+
+    down, right = (stretched(o, n) for o, n in zip(old, new, strict=True))
+    values = torch.from_numpy(function(down[:, None], right[None])).flatten().float()
+    table = torch.cat([values, torch.tensor([7.0, 8.0, 9.0])])[:, None]
+    expected = relative(function, new)
+    torch.testing.assert_close(resize_relative(table, old, new), expected, atol=2e-4, rtol=0)
+
+
+def test_resized_relative_positions_are_near_timm_s():
+    """timm draws straight lines between the same places."""
+    table = relative(lambda down, right: np.exp(-(down**2 + right**2) / 200), (14, 14))
+    found = resize_relative(table, (14, 14), (24, 24))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # timm indexes with a list
+        expected = resize_rel_pos_bias_table(table, (24, 24), (47 * 47 + 3, 1))
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+
+
+def test_resized_relative_positions_of_one_grid_and_type():
+    table = randn(9 * 9 + 3, 2).half()
+    assert resize_relative(table, (5, 5), (5, 5)) is table
+    assert resize_relative(table, (5, 5), (2, 2)).dtype == torch.float16
+    assert resize_relative(randn(3 * 3 + 3, 2), (2, 2), (3, 3)).isfinite().all()

@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from contramask.functional.patches import sincos
-from contramask.models.positions import Interpolation, resize_positions
+from contramask.models.positions import Interpolation, resize_positions, resize_relative
 from contramask.types import UserError
 
 NAMES = {
@@ -98,40 +98,38 @@ def infer(
         UserError: what cannot be read from shapes and was not said.
     """
     sizes = read_sizes(state, source)
-    tables = [k for k in state if k.startswith("bias.")]
     method = wishes.interpolation or interpolation
+    tables = [k for k in state if k.startswith("bias.")]
+    grid, prefix = (
+        (_relative_grid(state[tables[0]], wishes, source), 0)
+        if tables
+        else _grid(state, wishes, source)
+    )
+    new = grid if wishes.img_size is None else _new_grid(wishes.img_size, sizes.patch)
     if tables:
-        grid, kind, prefix = _relative_grid(state[tables[0]], wishes, source), "relative", 0
-        if tables[0] != f"bias.{TABLE}":
-            kind = "relative_per_block"
-        if wishes.img_size is not None and _new_grid(wishes.img_size, sizes.patch) != grid:
-            raise UserError(
-                f"{source}: relative positions are not resized on import; leave --img_size out, or "
-                f"give {grid[0] * sizes.patch}"
-            )
         number = wishes.heads or state[tables[0]].shape[1]
+        kind = "relative" if tables[0] == f"bias.{TABLE}" else "relative_per_block"
+        resized = {k: resize_relative(state[k], grid, new) for k in tables}
     else:
-        grid, prefix = _grid(state, wishes, source)
-        number = wishes.heads or heads.get(sizes.dim)
-        kind = _kind(state["pos_embed"], prefix, grid)
-        if wishes.img_size is not None:
-            new = _new_grid(wishes.img_size, sizes.patch)
-            if new != grid:
-                table = resize_positions(state["pos_embed"], grid, new, prefix, method)
-                state, grid, kind = {**state, "pos_embed": table}, new, "learned"
-    if number is None:
-        raise UserError(
-            f"{source}: a width of {sizes.dim} does not tell the number of heads; give --heads "
-            f"(known widths and heads: {', '.join(f'{d}: {h}' for d, h in heads.items())})"
-        )
+        number = wishes.heads or heads.get(sizes.dim) or _no_heads(sizes.dim, heads, source)
+        table = state["pos_embed"]
+        kind = _kind(table, prefix, grid) if new == grid else "learned"
+        resized = {"pos_embed": resize_positions(table, grid, new, prefix, method)}
     return {
         "name": wishes.name or (GATED if sizes.gated else NAMES.get(sizes.dim, NAMES[768])),
-        "img_size": (grid[0] * sizes.patch, grid[1] * sizes.patch),
+        "img_size": (new[0] * sizes.patch, new[1] * sizes.patch),
         "patch_size": sizes.patch,
         "positions": kind,
         "interpolation": method,
         "timm": {"num_heads": number, **_timm(state, sizes, prefix)},
-    }, state
+    }, {**state, **resized}
+
+
+def _no_heads(dim: int, heads: Mapping[int, int], source: str) -> NoReturn:
+    raise UserError(
+        f"{source}: a width of {dim} does not tell the number of heads; give --heads "
+        f"(known widths and heads: {', '.join(f'{d}: {h}' for d, h in heads.items())})"
+    )
 
 
 def _timm(state: Mapping[str, Tensor], sizes: Sizes, prefix: int) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from scipy.interpolate import RectBivariateSpline
 from torch import Tensor, nn
 
 Interpolation = Literal["antialias", "plain", "dino"]
@@ -43,6 +45,44 @@ def resize_positions(
     else:
         image = F.interpolate(image, new_grid, mode="bicubic", antialias=method == "antialias")
     return torch.cat([first, image.flatten(2).mT.to(table.dtype)], 1)
+
+
+def resize_relative(
+    table: Float[Tensor, "P H"], old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Tensor, "Q H"]:
+    """A table of `RelativeBias` for another grid of patches, as BEiT's fine-tuning makes it.
+
+    Near differences keep their meaning in patches, far ones are stretched: the n-th place from the
+    middle moves to 1 + q + ... + q^(n-1), q such that the last one meets the end of the new table.
+    Cubic splines in between. A smaller table is the middle of the larger.
+
+    Args:
+        table: (2 rows - 1)(2 columns - 1) differences by row and three of the class token, by head.
+        old_grid: rows and columns of patches; the same grid gives the same table.
+        new_grid: rows and columns that are wanted.
+    """
+    if new_grid == old_grid:
+        return table
+    old, new = ([2 * side - 1 for side in grid] for grid in (old_grid, new_grid))
+    known = [_stretched(a, b) for a, b in zip(old, new, strict=True)]
+    wanted = [np.arange(b) - b // 2 for b in new]
+    heads = [
+        RectBivariateSpline(*known, bias, kx=min(3, old[0] - 1), ky=min(3, old[1] - 1))(*wanted)
+        for bias in table[:-3].T.unflatten(1, tuple(old)).double().cpu().numpy()
+    ]
+    resized = torch.from_numpy(np.stack(heads, -1)).flatten(0, 1)
+    return torch.cat([resized.to(table), table[-3:]])
+
+
+def _stretched(old: int, new: int) -> Float[np.ndarray, " old"]:
+    """Where `old` differences lie among `new` ones, 0 in the middle."""
+    low, high = 1.01, 1.5  # BEiT's limits of q
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        end = np.sum(ratio ** np.arange(old // 2))
+        low, high = (low, ratio) if end > new // 2 else (ratio, high)
+    far = np.cumsum(low ** np.arange(old // 2))
+    return np.concatenate([-far[::-1], [0.0], far])
 
 
 class RelativeBias(nn.Module):
