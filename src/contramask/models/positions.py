@@ -64,10 +64,11 @@ def resize_relative(
     if new_grid == old_grid:
         return table
     old, new = ([2 * side - 1 for side in grid] for grid in (old_grid, new_grid))
-    known = [_stretched(a, b) for a, b in zip(old, new, strict=True)]
-    wanted = [np.arange(b) - b // 2 for b in new]
+    rows, columns = (_stretched(a, b) for a, b in zip(old, new, strict=True))
+    down, right = (np.arange(b) - b // 2 for b in new)
+    kx, ky = (min(3, side - 1) for side in old)
     heads = [
-        RectBivariateSpline(*known, bias, kx=min(3, old[0] - 1), ky=min(3, old[1] - 1))(*wanted)
+        RectBivariateSpline(rows, columns, bias, kx=kx, ky=ky)(down, right)
         for bias in table[:-3].T.unflatten(1, tuple(old)).double().cpu().numpy()
     ]
     resized = torch.from_numpy(np.stack(heads, -1)).flatten(0, 1)
