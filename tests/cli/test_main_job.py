@@ -20,7 +20,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
 def command(data: list[str], root: Path, name: str, workers: int) -> list[str]:
-    recipe = REPO / "configs" / "pretrain" / "hybrid_cifar10.yaml"
+    recipe = REPO / "configs" / "pretrain" / "hybrid_mocov3_simmim_cifar10.yaml"
     return [
         *(sys.executable, "-m", "contramask", "pretrain", "-c", str(recipe)),
         *("-c", str(REPO / "configs" / "debug.yaml"), *data),

@@ -19,7 +19,6 @@ from tests.conftest import REPO
 
 CONFIGS = REPO / "configs"
 RECIPES = sorted((CONFIGS / "pretrain").glob("*.yaml"))
-HYBRIDS = {"hybrid_mocov3_mae", "hybrid_shared", "hybrid_layered"}
 GOLDEN = REPO / "tests" / "golden" / "configs"
 
 
@@ -92,10 +91,9 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 
 # One size of each objective always, the others by hand: on the debug backbone they differ in rates.
 ONE_EACH = [
-    recipe if recipe.stem.endswith("_cifar10") or recipe.stem in HYBRIDS
-    else pytest.param(recipe, marks=pytest.mark.slow)
+    recipe if recipe.stem.endswith("_cifar10") else pytest.param(recipe, marks=pytest.mark.slow)
     for recipe in RECIPES
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("recipe", ONE_EACH, ids=lambda p: p.stem)
