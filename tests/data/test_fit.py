@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -5,6 +7,7 @@ import torch
 from contramask.data.index import build_index
 from contramask.data.module import Images, ImageShards
 from contramask.data.views import Crops
+from contramask.types import UserError
 from tests.data.tars import photo, photo_shards, write_tar
 
 VIEWS = {"one": Crops(number=2, size=12), "two": Crops(number=1, size=8)}
@@ -86,3 +89,42 @@ def test_a_trainer_resumes_with_the_next_samples(folder, tmp_path, workers, accu
     trainer.save_checkpoint(path, weights_only=False)
     resumed, _ = run(data(), tmp_path, 7, accumulate=accumulate, ckpt=path)
     assert resumed.seen == straight.seen[4 * accumulate :]
+
+
+def test_a_mixture_that_moved_goes_on_and_other_data_is_refused(folder, tmp_path):
+    there = shutil.copytree(folder, tmp_path / "there")
+
+    def mixture(path, order=(0, 1)):
+        weights = {f"{path}/train-00000{i}.tar": (0.7, 0.3)[i] for i in order}
+        return module(weights, val=f"{path}/val-*.tar")
+
+    straight, _ = run(mixture(folder), tmp_path, 6)
+    _, trainer = run(mixture(folder), tmp_path, 3)
+    path = tmp_path / "at-3.ckpt"
+    trainer.save_checkpoint(path, weights_only=False)
+    resumed, _ = run(mixture(there), tmp_path, 6, ckpt=path)
+    assert resumed.seen == straight.seen[3:]
+
+    with pytest.raises(UserError, match=r"shard 0 was train-000000.tar .* and is train-000001.tar"):
+        run(mixture(there, (1, 0)), tmp_path, 6, ckpt=path)
+
+    build_index([str(write_tar(there / "train-000000.tar", _labelled(200, 40)))])
+    with pytest.raises(UserError, match=r"shard 0 was train-000000.tar \(40 samples, sha256 "):
+        run(mixture(there), tmp_path, 6, ckpt=path)
+
+
+def test_without_an_index_the_readers_must_be_as_many(folder, tmp_path):
+    for name in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
+        shutil.copy(folder / name, tmp_path)
+
+    def data(workers=0):
+        return module(f"{tmp_path}/train-*.tar", val=f"{folder}/val-*.tar", workers=workers)
+
+    _, trainer = run(data(), tmp_path, 3)
+    path = tmp_path / "at-3.ckpt"
+    trainer.save_checkpoint(path, weights_only=False)
+    with pytest.raises(UserError, match=r"depends on data.workers, which was 0 and is 2"):
+        run(data(workers=2), tmp_path, 6, ckpt=path)
+    build_index(f"{tmp_path}/train-*.tar")
+    with pytest.raises(UserError, match=r"had no index and now has one"):
+        run(data(), tmp_path, 6, ckpt=path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contramask.data.index import build_index, check_sizes, classes_of, load_index, verify
+from contramask.data.index import build_index, check_shards, classes_of, load_index, verify
 from contramask.data.index_file import index_name, read_index
 from contramask.types import UserError
 from tests.data.server import serving
@@ -29,7 +29,7 @@ def test_index_is_written_read_and_true(tmp_path):
         assert ours.starts.tolist() == theirs.starts.tolist()
         assert ours.lengths.tolist() == theirs.lengths.tolist()
     assert verify(str(tmp_path)) == []
-    check_sizes(loaded)
+    check_shards(loaded)
     content = json.loads((tmp_path / "part.index.json").read_text())
     assert content["shards"][2]["name"] == "part-000002.tar"
 
@@ -106,10 +106,21 @@ def test_a_shard_of_another_size_or_none_is_refused_by_name(tmp_path):
     assert index is not None
     os.truncate(urls[1], 5120)
     with pytest.raises(UserError, match=r"part-000001.tar has 5120 bytes, its index says \d+;"):
-        check_sizes(index)
+        check_shards(index)
     os.unlink(urls[0])
     with pytest.raises(UserError, match=r"part-000000.tar is missing \(and 1 more\)"):
-        check_sizes(index)
+        check_shards(index)
+
+
+def test_a_shard_of_the_same_size_with_other_bytes_is_refused_by_name(tmp_path):
+    first, second = numbered_shards(tmp_path, [4, 5])
+    build_index([first, second])
+    size = os.path.getsize(second)
+    Path(second).write_bytes(np.random.default_rng(0).bytes(size))
+    with pytest.raises(
+        UserError, match=r"-000001.tar has no sample at byte \d+, as its index says"
+    ):
+        check_shards(load_index([first, second]))
 
 
 def test_a_damaged_shard_is_not_indexed(tmp_path):
@@ -133,10 +144,11 @@ def test_index_over_http(tmp_path):
         urls = [f"{server.url}/part-00000{i}.tar" for i in range(2)]
         index = load_index(urls)
         assert index is not None
-        check_sizes(index)
+        check_shards(index)
         assert [s.url for s in index.shards] == urls
         assert load_index([f"{server.url}/other-0.tar"]) is None
-        assert {name for name, *_ in server.sent} == {"part.index.json"}
+        tars = [(name, count) for name, _, count in server.sent if name != "part.index.json"]
+        assert sorted(tars) == [("part-000000.tar", 512), ("part-000001.tar", 512)]
         out = str(tmp_path / "remote.json")
         build_index(urls, out=out)
         again = load_index(urls, file=out)

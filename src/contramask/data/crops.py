@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from contramask.data import geometry, photometric
+from contramask.data.blur import radius
 from contramask.data.geometry import Box, Interpolation
 from contramask.data.photometric import Photometric
 from contramask.errors import UserError
@@ -80,8 +81,9 @@ class Crops:
                 "give none, one for all crops, or one for each crop"
             )
         for one in self.photometric:
-            if one.blur > 0 and photometric.radius(one.sigma[1]) >= self.size:
-                return f"sigma is {one.sigma} for crops of {self.size} pixels; take a smaller one"
+            if one.blur > 0 and radius(one.sigma[1], one.taps or 0) >= self.size:
+                given = f"sigma is {one.sigma}" if one.taps is None else f"taps is {one.taps}"
+                return f"{given} for crops of {self.size} pixels; take a smaller one"
         return self._window_problem()
 
     def _window_problem(self) -> str | None:

@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import posixpath
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -15,7 +16,7 @@ import numpy as np
 from contramask.data import storage
 from contramask.data.index_file import Index, index_name, place, read_index, write_index
 from contramask.data.sources import Patterns, expand
-from contramask.data.tarball import Shard, scan_or_say
+from contramask.data.tarball import BLOCK, Shard, scan_or_say
 from contramask.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,13 @@ def load_index(urls: Sequence[str], *, file: str | None = None) -> Index | None:
     return Index(tuple(replace(known[place(url)], url=url) for url in urls))
 
 
-def check_sizes(index: Index) -> None:
-    """Raises `UserError` that names the shards which are missing or not of the size indexed."""
+def check_shards(index: Index) -> None:
+    """Holds every shard against its index by its size and by where its last sample begins.
+
+    Other bytes in equal places are found by `contramask pack --check`, which reads everything.
+
+    Raises `UserError` that names the first shard which is missing or is not the one indexed.
+    """
     found = storage.sizes([shard.url for shard in index.shards])
     wrong = [
         f"{shard.url} is missing" if size is None
@@ -96,12 +102,29 @@ def check_sizes(index: Index) -> None:
         for shard, size in zip(index.shards, found, strict=True)
         if size != shard.bytes
     ]  # fmt: skip
+    if not wrong:
+        with ThreadPoolExecutor(16) as pool:
+            wrong = [line for line in pool.map(_misplaced, index.shards) if line]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
             f"{wrong[0]}{more}; restore the shard, or run `contramask pack index` if the change "
             "was meant"
         )
+
+
+def _misplaced(shard: Shard) -> str:
+    """What is wrong where the index has the last sample; empty if a member begins there."""
+    if not shard.count:
+        return ""
+    try:
+        (header,) = storage.read(shard.url, [storage.Span(int(shard.starts[-1]), BLOCK)])
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return f"{shard.url} has no sample at byte {shard.starts[-1]}, as its index says ({error})"
+    except OSError as error:
+        return f"{shard.url} cannot be read ({error})"
+    return ""
 
 
 def verify(

@@ -13,6 +13,7 @@ from contramask import distributed
 from contramask.data.examples import CLEAN, CleanExamples, Examples, Images, TrainExamples
 from contramask.data.loader import Loader
 from contramask.data.order import Layout
+from contramask.data.remembered import check, remember
 from contramask.data.sequential import SequentialStream, SequentialSweep
 from contramask.data.shard_set import ShardSet, classes_in, find_shards
 from contramask.data.shards import ShardStream, ShardSweep
@@ -136,11 +137,19 @@ class ImageShards(pl.LightningDataModule):
 
     @property
     def position(self) -> int:
-        """How many images of the stream all ranks have trained on: all the state there is."""
+        """How many images of the stream all ranks have trained on: where it goes on."""
         if self.trainer is None:
             return 0
         per_step = self.batch_size * self.trainer.accumulate_grad_batches * distributed.world()
         return self.trainer.global_step * per_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Called by the trainer for a checkpoint: which data this is; the step says where."""
+        return remember(self.train_shards, world=distributed.world(), workers=self.workers)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called by the trainer on resume. Raises `UserError` for other data."""
+        check(state_dict, self.state_dict())
 
     # ---- batches ----------------------------------------------------------------------------
 

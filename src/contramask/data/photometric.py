@@ -7,12 +7,12 @@ OpenCV in a loader's worker. Both do the four operations of the jitter in the dr
 grey, blur, solarise, as SimCLR (arXiv:2002.05709), MoCo v3 (arXiv:2104.02057) and DINO
 (arXiv:2104.14294) do, with torchvision's definition of every operation.
 
-Blur is a Gaussian of the drawn sigma in pixels, cut at 3 sigma, reflected at the border. MoCo v3's
+Blur is a Gaussian of the drawn sigma in pixels, cut at 3 sigma or to `taps`, reflected at the border,
+which is torchvision's for a kernel of that size. MoCo v3's
 and DINO's code calls Pillow's, which is a box blur repeated three times; the two are 0.4 to 0.7
 levels of 255 apart on photographs, where the blur itself moves pixels by 2 to 11.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,17 +21,18 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from contramask.data.blur import blur
 from contramask.errors import UserError
 
 # One row: three factors (1: unchanged), the hue's shift in turns (0: unchanged), the place of each
-# of the four in their order, grey (1) or not (0), sigma in pixels (0: no blur), and the value from
-# which on pixels are inverted (256: none).
+# of the four in their order, grey (1) or not (0), sigma in pixels (0: no blur), the value from which
+# on pixels are inverted (256: none), and the length of the blur's kernel in pixels (0: 3 sigma).
 FIELDS = (
     "brightness", "contrast", "saturation", "hue",
     "brightness_place", "contrast_place", "saturation_place", "hue_place",
-    "grey", "sigma", "threshold",
+    "grey", "sigma", "threshold", "taps",
 )  # fmt: skip
-IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 256.0)
+IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 256.0, 0.0)
 UNIFORMS = 10  # how many uniform numbers one row is made of
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 CHUNK = 128  # images at once: bounds the memory of the intermediate results
@@ -50,6 +51,8 @@ class Photometric:
         sigma: range of the blur's standard deviation, pixels.
         solarise: probability of inverting the bright pixels.
         threshold: the value from which on solarisation inverts, 0 to 255.
+        taps: length of the blur's kernel in pixels, odd (SimCLR 23 at 224 pixels, DINOv2 9); None:
+            up to 3 sigma on either side.
     """
 
     jitter: float = 0.0
@@ -59,6 +62,7 @@ class Photometric:
     sigma: tuple[float, float] = (0.1, 2.0)
     solarise: float = 0.0
     threshold: int = 128
+    taps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("jitter", "grey", "blur", "solarise"):
@@ -82,6 +86,11 @@ class Photometric:
                 f"photometric: threshold is {self.threshold}; pixels have values 0 to 255; "
                 "set threshold in the view's photometric"
             )
+        if self.taps is not None and (self.taps < 3 or self.taps % 2 == 0):
+            raise UserError(
+                f"photometric: taps is {self.taps}; the blur's kernel has an odd number of pixels, "
+                "3 or more, or is null for 3 sigma; set taps in the view's photometric"
+            )
 
     def row(self, u: Sequence[float]) -> tuple[float, ...]:
         """The parameters of one crop (`FIELDS`) from `UNIFORMS` uniform numbers in [0, 1)."""
@@ -97,7 +106,8 @@ class Photometric:
             places = _ORDERS[int(u[5] * len(_ORDERS))]
         sigma = _between(*self.sigma, u[8]) if u[7] < self.blur else 0.0
         threshold = float(self.threshold) if u[9] < self.solarise else 256.0
-        return (*factors, *places, float(u[6] < self.grey), sigma, threshold)
+        grey, taps = float(u[6] < self.grey), float(self.taps or 0)
+        return (*factors, *places, grey, sigma, threshold, taps)
 
 
 def _between(low: float, high: float, u: float) -> float:
@@ -131,7 +141,7 @@ def _apply(images: Tensor, rows: Tensor, config: Photometric) -> Tensor:
     if config.grey > 0:
         x = mix(x, towards_grey(1 - rows[:, 8]), torch.zeros_like(rows[:, 8]))
     if config.blur > 0:
-        x = blur(x, rows[:, 9])
+        x = blur(x, rows[:, 9], rows[:, 11])
     if config.solarise > 0:
         # Half a level earlier: as if rounded to 8 bits, so that 128 itself is always inverted.
         x = torch.where(x >= (_wide(rows[:, 10]) - 0.5) / 255, 1 - x, x)
@@ -207,38 +217,6 @@ def hue(x: Float[Tensor, "B 3 H W"], shift: Float[Tensor, " B"]) -> Float[Tensor
     offset = torch.arange(5, 0, -2, device=x.device)[:, None, None]  # 5, 3, 1 for R, G, B
     k = (offset + sixth[:, None]).remainder(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def blur(x: Float[Tensor, "B 3 H W"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
-    """A Gaussian of each sample's own sigma (pixels; 0: unchanged), reflected at the border.
-
-    Two products with banded matrices: the sigma differ, so a convolution would need one group per
-    sample and a kernel as long as the largest.
-    """
-    rows, columns = (gaussian_matrix(sigma, n)[:, None] for n in x.shape[2:])
-    return ((rows @ x).flatten(1, 2) @ columns.mT[:, 0]).view_as(x)
-
-
-def gaussian_matrix(sigma: Float[Tensor, " B"], size: int) -> Float[Tensor, "B n n"]:
-    """The blur of a line of `size` pixels as a matrix; its rows sum to 1."""
-    out = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
-    i, j = out[:, None], out[None]
-    sigma = sigma[:, None, None]
-    radius = torch.ceil(3 * sigma)
-    scale = -0.5 / sigma.clamp(min=1e-3) ** 2
-
-    def weight(distance: Tensor) -> Tensor:
-        return torch.exp(scale * distance**2) * (distance <= radius)
-
-    # The mirror images of pixel j beyond both ends; the end pixels themselves have none.
-    matrix = weight((i - j).abs())
-    matrix = matrix + weight(i + j) * (j > 0) + weight(2 * (size - 1) - i - j) * (j < size - 1)
-    return matrix / matrix.sum(-1, keepdim=True)
-
-
-def radius(sigma: float) -> int:
-    """How far the blur reaches, in pixels."""
-    return math.ceil(3 * sigma)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from contramask.data.photometric import radius
+from contramask.data.blur import radius
 
 # A worker is one of many processes; OpenCV's own threads would only fight over the cores.
 cv2.setNumThreads(0)
@@ -26,12 +26,12 @@ def apply(image: Image, row: Sequence[float]) -> Image:
     if row[0] != 1 or row[1] != 1 or row[2] != 1 or row[3] != 0:
         for which in sorted(range(4), key=lambda n: row[4 + n]):
             image = _JITTER[which](image, row[which])
-    grey, sigma, threshold = row[8:11]
+    grey, sigma, threshold, taps = row[8:12]
     if grey > 0:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if sigma > 0:
         # Twice as fast as cv2.GaussianBlur, and its rounding is exact.
-        kernel = gaussian(sigma)
+        kernel = gaussian(sigma, int(taps))
         image = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
     if grey > 0:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
@@ -69,9 +69,9 @@ def hue(image: Image, shift: float) -> Image:
 _JITTER = (brightness, contrast, saturation, hue)
 
 
-def gaussian(sigma: float) -> Float[np.ndarray, " K"]:
-    """The kernel of the blur."""
-    reach = radius(sigma)
+def gaussian(sigma: float, taps: int = 0) -> Float[np.ndarray, " K"]:
+    """The kernel of the blur, `taps` pixels long; 0: cut at 3 sigma."""
+    reach = radius(sigma, taps)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     return kernel / kernel.sum()
 

@@ -90,7 +90,7 @@ class SequentialStream(IterableDataset[dict[str, Any]], Generic[Item]):
         done = layout.start // (layout.batch * layout.world)
         lane = (done + worker) % workers  # so that worker 0 has the batch that is next
         skip = -(-(done - lane) // workers) * layout.batch
-        faults = Faults(max_bad=settings.max_bad, grace=settings.grace)
+        faults = settings.faults(readers)
         decoder = Decoder(self.decode, faults, seed=self.seed)
         slots = self._slots(lane * layout.world + layout.rank, readers, skip, faults)
         for start in layout.positions(worker, workers):
@@ -123,7 +123,12 @@ class SequentialStream(IterableDataset[dict[str, Any]], Generic[Item]):
                 found += 1
                 yield sample
             if not found:
-                raise UserError(f"no samples in {', '.join(self.urls[i] for i in order[:3])} ...")
+                names = ", ".join(self.urls[i] for i in order[:3])
+                said = f" ({'; '.join(faults.last)})" if faults.last else ""
+                raise UserError(
+                    f"no samples in {names}{said}; shards are tars of KEY.jpg and KEY.cls members: "
+                    "see what is wrong by `contramask pack --check`, or correct data.train"
+                )
 
     def _one(
         self, decoder: Decoder[Item], block: list[Sample], at: int, position: int
@@ -163,7 +168,7 @@ class SequentialSweep(IterableDataset[dict[str, Any]], Generic[Item]):
         worker, workers = place_of_worker()
         reader, readers = worker * self.layout.world + self.layout.rank, self.layout.world * workers
         share = None if self.limit is None else len(range(reader, self.limit, readers))
-        faults = Faults(max_bad=self.streaming.max_bad, grace=self.streaming.grace)
+        faults = self.streaming.faults(readers)
         decoder = Decoder(self.decode, faults, seed=self.seed)
         found = islice(read_through(self.urls[reader::readers], faults), share)
         for start in count(0, self.layout.batch):

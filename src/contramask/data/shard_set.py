@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from contramask.data.blocks import Stream
-from contramask.data.index import check_sizes, classes_of, load_index
+from contramask.data.index import check_shards, classes_of, load_index
 from contramask.data.index_file import Index
 from contramask.data.order import Mixture, Order
 from contramask.data.sources import Source, sources
@@ -46,12 +46,13 @@ class ShardSet:
         orders = [
             Order(
                 index.counts,
-                seed=seed if alone else fold(seed, "source", source.name),
+                # By its place and not by its name: files may move to another folder.
+                seed=seed if alone else fold(seed, "source", number),
                 unit=unit,
                 streams=streaming.streams,
                 block=streaming.block,
             )
-            for source, index in zip(self.sources, self.indexes, strict=True)
+            for number, index in enumerate(self.indexes)
         ]
         mixture = Mixture([source.weight for source in self.sources], seed=seed)
         return Stream(self.indexes, orders, mixture)
@@ -70,7 +71,7 @@ def find_shards(
     known = [index for index in indexes if index is not None]
     if len(known) == len(found):
         for index in known:
-            check_sizes(index)
+            check_shards(index)
         return ShardSet(found, tuple(known))
     bare = [source.name for source, index in zip(found, indexes, strict=True) if index is None]
     if len(found) > 1:

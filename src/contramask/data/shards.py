@@ -130,7 +130,7 @@ class ShardStream(IterableDataset[dict[str, Any]], Generic[Item]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker, workers = place_of_worker()
         settings = self.streaming
-        faults = Faults(max_bad=settings.max_bad, grace=settings.grace)
+        faults = settings.faults(self.layout.world * workers)
         decoder = Decoder(self.decode, faults, seed=self.seed)
         starts = self.layout.positions(worker, workers)
         inside = np.arange(self.layout.batch, dtype=np.int64)
@@ -192,7 +192,7 @@ class ShardSweep(IterableDataset[dict[str, Any]], Generic[Item]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker, workers = place_of_worker()
-        faults = Faults(max_bad=self.streaming.max_bad, grace=self.streaming.grace)
+        faults = self.streaming.faults(self.layout.world * workers)
         decoder = Decoder(self.decode, faults, seed=self.seed)
         order = np.arange(self.index.samples, dtype=np.int64)
         if self.limit is not None:

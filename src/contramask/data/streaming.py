@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from contramask.data.faults import Faults
 from contramask.errors import UserError
 
 
@@ -18,7 +19,8 @@ class Streaming:
         block: samples of a stream that are shuffled among each other. All workers of all ranks
             together hold up to `streams * block` compressed images, and the next blocks besides.
         max_bad: the fraction of bad samples above which reading stops. 0: at the first one.
-        grace: bad samples that are let pass in each worker before the fraction counts.
+        grace: bad samples that are let pass, by all workers of all ranks, before the fraction
+            counts.
         prefetch: finished batches that each worker keeps ready.
         allow_pipe: whether `pipe:` addresses may run a shell command.
         index: an index file of all shards, where it cannot lie beside them.
@@ -45,6 +47,10 @@ class Streaming:
                 f"data.streaming.max_bad is {self.max_bad}; it is a fraction in [0, 1), "
                 "0 stops at the first bad sample"
             )
+
+    def faults(self, readers: int) -> Faults:
+        """Counts the bad samples of one of so many readers."""
+        return Faults(max_bad=self.max_bad, grace=-(-self.grace // readers))
 
     def unit_of(self, batch: int) -> int:
         """The unit for a rank's batch of this size; `UserError` if it does not divide the batch."""
