@@ -7,7 +7,9 @@ Weights carry timm's names where timm knows the architecture, so `timm.create_mo
 import hashlib
 import importlib
 import os
+import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from contramask import __version__
+from contramask.checkpoints.files import link_or_copy
+from contramask.checkpoints.sidecar import beside, sync
 from contramask.models.backbone import Backbone
 from contramask.types import UserError
 
 WEIGHTS, SHEET = "backbone.safetensors", "backbone.yaml"
+# Two files cannot be renamed in one act. So the weights of the old sheet keep a second name until
+# the new sheet is in place: whenever the process dies, the weights of the sheet are there.
+BEFORE = f"{WEIGHTS}.before"
+
+
+class ExportError(UserError):
+    """A backbone that could not be written."""
 
 
 def export_backbone(
@@ -43,28 +54,58 @@ def export_backbone(
 
     Returns:
         The path of the weights.
+
+    Raises:
+        ExportError: the disk is full, or another error of the file system; an older backbone is
+            as loadable as before, and nothing new is left behind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k.removeprefix("vit."): v.contiguous() for k, v in backbone.state_dict().items()}
-    part = folder / f"{WEIGHTS}.tmp.{os.getpid()}"
-    save_file(state, part)
-    digest = hashlib.sha256(part.read_bytes()).hexdigest()
     content = {
         "class_path": f"{type(backbone).__module__}.{type(backbone).__name__}",
         "init_args": backbone.config,
         "timm": backbone.timm_sheet(),
-        "weights": {"file": WEIGHTS, "sha256": digest, "net": net},
+        "weights": {"file": WEIGHTS, "sha256": "", "net": net},
         "data": data,
         "step": step,
         **({"origin": origin} if origin else {}),
         "contramask": __version__,
         "commit": _commit(),
     }
-    beside = folder / f"{SHEET}.tmp.{os.getpid()}"
-    beside.write_text(yaml.safe_dump(_plain(content), sort_keys=False), "utf-8")
-    os.replace(part, folder / WEIGHTS)
-    os.replace(beside, folder / SHEET)
+    parts = [beside(folder / name) for name in (WEIGHTS, SHEET, BEFORE)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, parts[0])
+        content["weights"]["sha256"] = _sha256(parts[0])
+        parts[1].write_text(yaml.safe_dump(_plain(content), sort_keys=False), "utf-8")
+        shutil.copymode(parts[1], parts[0])  # safetensors lets nobody else read its files
+        _publish(folder)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"{folder / WEIGHTS} could not be written: {error}; make room, or give a folder "
+            "that can be written to (--out; of a run: --root)"
+        ) from error
+    finally:
+        for part in parts:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
     return folder / WEIGHTS
+
+
+def _publish(folder: Path) -> None:
+    """Give both files their names, each once what it relies on is on the disk."""
+    weights, sheet, before = (folder / name for name in (WEIGHTS, SHEET, BEFORE))
+    for part in (beside(weights), beside(sheet)):
+        sync(part)
+    # An export that was killed may have left the only weights of the sheet under the second name.
+    needed = before.is_file() and sheet.is_file() and _sha256(before) in sheet.read_text("utf-8")
+    if weights.is_file() and not needed:
+        link_or_copy(weights, beside(before))
+        os.replace(beside(before), before)
+        sync(folder)
+    for file in (weights, sheet):
+        os.replace(beside(file), file)
+        sync(folder)
+    before.unlink(missing_ok=True)
 
 
 def load_backbone(path: Path) -> tuple[Backbone, dict[str, Any]]:
@@ -73,21 +114,20 @@ def load_backbone(path: Path) -> tuple[Backbone, dict[str, Any]]:
     Raises:
         UserError: nothing is there, the weights are not those of the sheet, or do not fit.
     """
+    if not path.exists():
+        raise UserError(
+            f"there is no {path}: give a run directory, or a folder with {WEIGHTS} and {SHEET}"
+        )
     folder = path if path.is_dir() else path.parent
-    sheet, weights = folder / SHEET, folder / WEIGHTS
-    for file in (sheet, weights):
+    sheet = folder / SHEET
+    for file in (sheet, folder / WEIGHTS):
         if not file.is_file():
             raise UserError(
-                f"{folder} has no {file.name}: give a run directory whose training has exported "
-                "a backbone (at its end and at every checkpoint), or wait for its first"
+                f"{folder} has no {file.name}: give a run directory whose training has exported a "
+                "backbone (every export.every steps, and at its end), or wait for its first"
             )
     content = yaml.safe_load(sheet.read_text("utf-8"))
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if digest != content["weights"]["sha256"]:
-        raise UserError(
-            f"{weights} has another checksum than {sheet.name} says: one of them was changed or "
-            "damaged; export the run again"
-        )
+    weights = _weights(folder, content["weights"]["sha256"])
     backbone = build_backbone(content, sheet)
     try:
         state = load_file(weights)
@@ -101,6 +141,22 @@ def load_backbone(path: Path) -> tuple[Backbone, dict[str, Any]]:
         raise UserError(f"{weights} does not fit {sheet.name}: {', '.join(wrong[:5])}")
     backbone.load_state_dict(named)
     return backbone, content
+
+
+def _weights(folder: Path, digest: str) -> Path:
+    """The file with this checksum: of an export that was killed half-way, the one before."""
+    for file in (folder / WEIGHTS, folder / BEFORE):
+        if file.is_file() and _sha256(file) == digest:
+            return file
+    raise UserError(
+        f"{folder / WEIGHTS} has another checksum than {SHEET} says: one of them was changed or "
+        "damaged; export the run again"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_backbone(content: dict[str, Any], sheet: Path) -> Backbone:

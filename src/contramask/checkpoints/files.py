@@ -65,14 +65,7 @@ def place(source: Path, target: Path) -> None:
     """Give a checkpoint a second name: a hard link, or a copy where links are not to be had."""
     part = beside(target)
     try:
-        part.unlink(missing_ok=True)
-        try:
-            os.link(source, part)
-        except OSError:
-            with open(source, "rb") as old, open(part, "wb") as new:
-                shutil.copyfileobj(old, new, 16 * MiB)
-                new.flush()
-                os.fsync(new.fileno())
+        link_or_copy(source, part)
         swap(part, target, (records(source) or [verify(source)])[0])
     except OSError as error:
         raise _not_written(target, error) from error
@@ -80,6 +73,18 @@ def place(source: Path, target: Path) -> None:
         # Still there also when both names were one file already: rename(2) then does nothing.
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, in place of what `target` may be; or a copy on the disk."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with open(source, "rb") as old, open(target, "wb") as new:
+            shutil.copyfileobj(old, new, 16 * MiB)
+            new.flush()
+            os.fsync(new.fileno())
 
 
 def remove(path: Path) -> None:

@@ -7,7 +7,6 @@ Two files cannot be renamed in one act. So the sidecar goes first and describes 
 import json
 import logging
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def swap(part: Path, path: Path, record: Record) -> None:
     before = records(path)
     _describe(path, [record, *before])
     os.replace(part, path)
-    _sync(path.parent)
+    sync(path.parent)
     if before:
         _describe(path, [record])
 
@@ -68,14 +67,17 @@ def _describe(path: Path, known: list[Record]) -> None:
         os.replace(part, sidecar(path))
     finally:
         part.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file on the disk, or what a directory knows of its files."""
+    handle = os.open(path, os.O_RDONLY)
     try:
+        os.fsync(handle)
+    except OSError:
         # Some network file systems cannot sync a directory; they order renames themselves.
-        with suppress(OSError):
-            os.fsync(handle)
+        if not path.is_dir():
+            raise
     finally:
         os.close(handle)
