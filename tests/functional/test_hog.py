@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from contramask.functional.hog import gaussian_window, hog, hog_of_patches
 from contramask.types import UserError
@@ -46,6 +47,31 @@ def test_against_a_loop(bins, cell, window):
         np.testing.assert_allclose(found[b].numpy(), expected, atol=2e-5)
 
 
+def by_convolution(image: torch.Tensor, bins: int, cell: int, window: int) -> torch.Tensor:
+    """The same with a convolution, as the authors' code has it: (B, C, bins, h, w)."""
+    b, c, height, width = image.shape
+    kernel = torch.tensor(SOBEL, dtype=torch.float32)
+    kernels = torch.stack([kernel, kernel.T])[:, None]
+    padded = F.pad(image.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
+    gx, gy = F.conv2d(padded, kernels).unflatten(0, (b, c)).unbind(2)
+    size = torch.stack([gx, gy], -1).norm(dim=-1)
+    size = size * gaussian_window(window).repeat(height // window, width // window)
+    which = (torch.atan2(gx, gy) / math.pi * bins).floor().long() % bins
+    out = torch.zeros(b, c, bins, height, width).scatter_(2, which[:, :, None], size[:, :, None])
+    sums = out.unflatten(4, (-1, cell)).unflatten(3, (-1, cell)).sum((4, 6))
+    return F.normalize(sums, dim=2)
+
+
+def test_pictures_of_8_bits_as_by_convolution():
+    """Their gradients often lie exactly between two bins: the order of sums decides."""
+    noise = F.interpolate(randn(2, 3, 10, 12), size=(96, 112), mode="bicubic")
+    levels = (noise * 40 + 120).clamp(0, 255).round()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    image = (levels / 255 - mean) / std
+    expected = by_convolution(image, 9, 8, 16)
+    torch.testing.assert_close(hog(image), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("degrees", [3, 47, 90, 118, 163])
 def test_a_ramp_has_one_direction(degrees):
     """Brightness that grows along one direction: all of a cell's gradients are in one bin."""
@@ -76,7 +102,10 @@ def test_scale_shift_and_negation_of_channels_do_not_matter():
 
 
 def test_a_flat_image_has_no_histogram():
-    assert not hog(torch.full((1, 3, 16, 16), 0.7)).any()
+    """Where its sums are exact; 0.7 leaves rounding, here as in a convolution."""
+    assert not hog(torch.full((1, 3, 16, 16), 0.75)).any()
+    rounded = torch.full((1, 3, 16, 16), 0.7)
+    assert torch.equal(hog(rounded), by_convolution(rounded, 9, 8, 16))
 
 
 def test_the_window_weights_the_middle():

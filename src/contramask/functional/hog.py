@@ -20,13 +20,27 @@ def gradients(
     """Sobel derivatives of each channel, left minus right and top minus bottom.
 
     The image is reflected at its border by one pixel. Sums of slices and no convolution: autocast
-    would take that to half precision, and equal neighbours shall differ by exactly 0, since the
-    direction of a horizontal edge lies on the border between two bins.
+    would take that to half precision. The taps are added row by row, as a convolution adds them:
+    8-bit images have many gradients that lie exactly between two bins, and what is left of them by
+    rounding decides.
     """
     x = F.pad(image.float(), (1, 1, 1, 1), mode="reflect")
-    down = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]  # smoothed along columns
-    across = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]  # smoothed along rows
-    return down[..., :-2] - down[..., 2:], across[..., :-2, :] - across[..., 2:, :]
+    a, b, c = x[..., :-2, :], x[..., 1:-1, :], x[..., 2:, :]  # the rows above, here and below
+    gx = _left(a) - _right(a) + 2 * _left(b) - 2 * _right(b) + _left(c) - _right(c)
+    gy = _left(a) + 2 * _middle(a) + _right(a) - _left(c) - 2 * _middle(c) - _right(c)
+    return gx, gy
+
+
+def _left(x: Tensor) -> Tensor:
+    return x[..., :-2]
+
+
+def _middle(x: Tensor) -> Tensor:
+    return x[..., 1:-1]
+
+
+def _right(x: Tensor) -> Tensor:
+    return x[..., 2:]
 
 
 def orientation(gx: Float[Tensor, "*S"], gy: Float[Tensor, "*S"], bins: int) -> Int[Tensor, "*S"]:
