@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contramask.functional.hog import hog_of_patches
-from contramask.masks import RandomMasking
+from contramask.masks import RandomMasking, VariedBlockMasking
 from contramask.objectives.maskfeat import MaskFeat
 from contramask.types import Batch, Spec, Step, Tokens, UserError
 from tests.builders import randn
@@ -47,6 +47,16 @@ def test_a_head_of_zeros_sees_the_length_of_histograms(case):
     objective, feats, batch = case
     torch.nn.init.zeros_(objective.decoder.weight)
     assert objective(feats, batch, STEP).value.item() == pytest.approx(1 / 5, rel=1e-5)
+
+
+def test_a_batch_that_hides_nothing(case):
+    objective, feats, batch = case
+    whole = VariedBlockMasking(SPEC, whole=1.0).sample("hide", 3, 2, STEP, "cpu")
+    feats = {reads: tokens._replace(mask=whole) for reads, tokens in feats.items()}
+    loss = objective(feats, batch, STEP).value
+    assert loss.item() == 0
+    loss.backward()
+    assert not objective.decoder.weight.grad.any()
 
 
 def test_the_head_of_the_paper():

@@ -15,7 +15,7 @@ from contramask.types import Batch, Loss, Pass, Spec, Step, UserError
 class MaskFeat(Objective):
     """Mean squared error of the histograms of hidden patches, by one linear layer.
 
-        loss = sum over hidden patches of mean_k (prediction_k - hog_k)^2 / number of them
+        loss = sum over hidden patches of mean_k (prediction_k - hog_k)^2 / max(number of them, 1)
 
     Args:
         spec: of the backbone.
@@ -65,7 +65,7 @@ class MaskFeat(Objective):
         prediction = self.decoder(tokens.patch).float()  # (VB, N, Z)
         error = (prediction - self.target(image)).square().mean(-1)  # (VB, N)
         hidden = tokens.mask.hidden
-        return Loss((error * hidden).sum() / hidden.sum(), {})
+        return Loss((error * hidden).sum() / hidden.sum().clamp(min=1), {})
 
     def picture(self, feats: Feats, batch: Batch, step: Step) -> dict[str, Tensor]:
         tokens = feats[self.passes[0]]
