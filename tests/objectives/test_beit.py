@@ -75,6 +75,18 @@ def test_words_are_of_the_image_before_normalisation():
     torch.testing.assert_close(seen, small.clamp(0, 1))
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_words_that_are_known(exact):
+    """The tokenizer is not asked."""
+    objective, feats, batch, tokenizer = case(exact)
+    asked = objective(feats, batch, STEP)
+    given = objective(feats, batch, STEP, words=tokenizer.ids)
+    assert torch.equal(given.value, asked.value)
+    assert len(tokenizer.seen) == 1
+    other = objective(feats, batch, STEP, words=(tokenizer.ids + 1) % 11)
+    assert not torch.equal(other.value, asked.value)
+
+
 def test_an_untrained_head_knows_nothing():
     objective, feats, batch, _ = case()
     assert objective(feats, batch, STEP).value.item() == pytest.approx(math.log(11), rel=0.02)

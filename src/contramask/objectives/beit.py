@@ -75,20 +75,28 @@ class BEiT(Objective):
         mean, std = self.get_buffer("scale")
         return self.tokenizer.module.words(image * std + mean, self.spec.grid)
 
-    def forward(self, feats: Feats, batch: Batch, step: Step) -> Loss:
+    def forward(
+        self,
+        feats: Feats,
+        batch: Batch,
+        step: Step,
+        words: Int[Tensor, "VB N"] | None = None,
+    ) -> Loss:
+        """The loss. `words` are those of every patch where they are known; None: asked for."""
         tokens = feats[self.passes[0]]
         assert tokens.mask is not None
         need_fill("BEiT", tokens, self.passes[0])
         image = batch["views"][self.passes[0].view].flatten(0, 1)  # (VB, 3, H, W)
         hidden, visible = tokens.mask.hidden, tokens.mask.visible
+        words = self.words(image) if words is None else words
         if visible is None:
-            asked, words = tokens.patch[hidden], self.words(image)[hidden]
+            asked, words = tokens.patch[hidden], words[hidden]
         else:  # equally many in each image: no need to wait for the device
             where = hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
             where = where[:, : hidden.shape[1] - visible]
             width = tokens.patch.shape[2]
             asked = tokens.patch.gather(1, where[..., None].expand(-1, -1, width)).flatten(0, 1)
-            words = self.words(image).gather(1, where).flatten()
+            words = words.gather(1, where).flatten()
         scores = self.head(asked).float()
         loss = F.cross_entropy(scores, words, reduction="sum") / self._count(len(words), scores)
         return Loss(loss, {"accuracy": (scores.detach().argmax(1) == words).float().mean()})
