@@ -116,6 +116,30 @@ def test_fill():
         assert fill.std().item() == pytest.approx(0.02 * 0.5396, rel=0.03)
 
 
+def test_units_with_the_smallest_noise_stay_visible():
+    noise = torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.2, 0.7]] * 2)
+    noise[1] = noise[0].flip(0)
+    units = UnitMasking(ODD, ratio=0.5, unit=8)  # 2 x 3 units of 2 x 2 patches
+    mask = units.hide(noise)
+    expected = torch.tensor([0, 1, 0, 1, 0, 1]).bool().unflatten(0, (2, 3))
+    expected = expected.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+    assert torch.equal(mask.hidden[0], expected)
+    assert mask.visible == 12
+    spec = Spec(dim=12, patch=4, grid=(2, 3), depth=1)
+    mask = RandomMasking(spec, ratio=0.5).hide(noise)
+    assert mask.hidden.tolist() == [[False, True, False, True, False, True],
+                                    [True, False, True, False, True, False]]  # fmt: skip
+    assert torch.equal(mask.targets[:, 0], mask.hidden)
+
+
+@pytest.mark.parametrize("masking", [RandomMasking(ODD), UnitMasking(ODD, unit=8)])
+def test_a_mask_is_that_of_its_noise(masking):
+    step = Step(5, 0.1, seed=9)
+    total = masking.units[0] * masking.units[1]
+    noise = step.rand("mask/m", 3, 2, total).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(draw(masking, step=step).hidden, masking.hide(noise).hidden)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 75.0])
 @pytest.mark.parametrize("kind", [RandomMasking, UnitMasking])
 def test_ratio_is_a_fraction(kind, ratio):

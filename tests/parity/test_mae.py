@@ -11,7 +11,7 @@ from contramask.models.vit import VisionTransformer
 from contramask.objectives.mae import MAE
 from contramask.optim import LARS, Optim, Rule
 from contramask.schedule import Schedule
-from contramask.types import Mask, Pass, Step
+from contramask.types import Pass, Step
 
 STEP = Step(0, 0.0)
 READS = Pass("mild", "random")
@@ -56,13 +56,8 @@ def model(official, released):
     return torch.nn.ModuleDict({"backbone": backbone, "objective": objective}).train()
 
 
-def mask_of(noise: torch.Tensor, visible: int) -> Mask:
-    hidden = noise.argsort(1).argsort(1) >= visible
-    return Mask(hidden, hidden[:, None], visible)
-
-
 def run(model, official):
-    mask = mask_of(official["noise"], 16)
+    mask = RandomMasking(model["backbone"].spec, ratio=0.75).hide(official["noise"])
     tokens = model["backbone"](official["imgs"], mask)
     batch = {"views": {"mild": official["imgs"][None]}, "label": torch.zeros(4), "position": 0}
     return tokens, model["objective"]({READS: tokens}, batch, STEP)
@@ -124,11 +119,7 @@ def test_loss_of_raw_pixels(model, official, close):
 def test_masking_keeps_the_smallest_noise(official):
     spec = VisionTransformer(img_size=64, patch_size=8, timm={"depth": 1}).spec
 
-    class Drawn(Step):
-        def rand(self, name, batch, *shape, device="cpu"):
-            return official["noise"][:, None]
-
-    mask = RandomMasking(spec, ratio=0.75).sample("m", 4, 1, Drawn(0, 0.0), "cpu")
+    mask = RandomMasking(spec, ratio=0.75).hide(official["noise"])
     assert torch.equal(mask.hidden, official["norm_pix"]["mask"].bool())
     assert mask.visible == 16
 

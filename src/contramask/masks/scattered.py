@@ -4,32 +4,43 @@ Drawn on the device, for all images at once.
 """
 
 import math
+from abc import abstractmethod
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from contramask.masks.masking import Masking, check_ratio
 from contramask.types import Mask, Spec, Step, UserError
 
 
-def _hide_largest(
-    count: int,
-    shape: tuple[int, int],
-    name: str,
-    batch: int,
-    crops: int,
-    step: Step,
-    device: torch.device | str,
-) -> Bool[Tensor, "VB N"]:
-    """Hide all but `count` units of a grid: those with the largest noise. Ties do not matter."""
-    n = shape[0] * shape[1]
-    noise = step.rand(f"mask/{name}", batch, crops, n, device=device)
-    ranks = noise.argsort(-1).argsort(-1)
-    return (ranks >= count).transpose(0, 1).flatten(0, 1)
+class _Scattered(Masking):
+    """A mask that hides units of a grid by a number for each."""
+
+    units: tuple[int, int]  # rows, columns
+
+    @abstractmethod
+    def hide(self, noise: Float[Tensor, "VB units"]) -> Mask:
+        """The mask in which the units with the smallest noise stay visible.
+
+        Args:
+            noise: a number for each unit, rows first; which of equal ones counts as smaller is not
+                said.
+        """
+
+    def sample(
+        self, name: str, batch: int, crops: int, step: Step, device: torch.device | str
+    ) -> Mask:
+        total = self.units[0] * self.units[1]
+        noise = step.rand(f"mask/{name}", batch, crops, total, device=device)
+        return self.hide(noise.transpose(0, 1).flatten(0, 1))
 
 
-class RandomMasking(Masking):
+def _all_but_smallest(noise: Float[Tensor, "VB units"], count: int) -> Bool[Tensor, "VB units"]:
+    return noise.argsort(-1).argsort(-1) >= count
+
+
+class RandomMasking(_Scattered):
     """Each patch is hidden independently of its neighbours; every image hides equally many.
 
     MAE (arXiv:2111.06377): ratio 0.75, dropped; int(N (1 - ratio)) patches stay visible.
@@ -42,21 +53,19 @@ class RandomMasking(Masking):
 
     def __init__(self, spec: Spec, *, ratio: float = 0.75, fill: bool = False):
         super().__init__(spec, fill=fill)
-        self.grid, self.visible = spec.grid, int(spec.patches * (1 - check_ratio(ratio)))
+        self.units, self.visible = spec.grid, int(spec.patches * (1 - check_ratio(ratio)))
         if self.visible < 1:
             raise UserError(
                 f"mask ratio {ratio} hides all {spec.patches} patches of an image; at least one "
                 "must stay visible; lower model.masks.NAME.init_args.ratio or the patch size"
             )
 
-    def sample(
-        self, name: str, batch: int, crops: int, step: Step, device: torch.device | str
-    ) -> Mask:
-        hidden = _hide_largest(self.visible, self.grid, name, batch, crops, step, device)
+    def hide(self, noise: Float[Tensor, "VB units"]) -> Mask:
+        hidden = _all_but_smallest(noise, self.visible)
         return Mask(hidden, hidden[:, None], self.visible)
 
 
-class UnitMasking(Masking):
+class UnitMasking(_Scattered):
     """Square units of several patches are hidden together.
 
     SimMIM (arXiv:2111.09886): units of 32 pixels on a grid of 7 x 7, ceil(0.6 x 49) = 30 hidden.
@@ -87,11 +96,8 @@ class UnitMasking(Masking):
                 "visible; lower model.masks.NAME.init_args.ratio or unit"
             )
 
-    def sample(
-        self, name: str, batch: int, crops: int, step: Step, device: torch.device | str
-    ) -> Mask:
-        coarse = _hide_largest(self.visible, self.units, name, batch, crops, step, device)
-        square = coarse.unflatten(1, self.units)
+    def hide(self, noise: Float[Tensor, "VB units"]) -> Mask:
+        square = _all_but_smallest(noise, self.visible).unflatten(1, self.units)
         fine = square.repeat_interleave(self.scale, 1).repeat_interleave(self.scale, 2)
         hidden = fine.flatten(1)
         return Mask(hidden, hidden[:, None], self.visible * self.scale**2)
