@@ -130,14 +130,15 @@ def test_without_a_configuration(cluster: Cluster) -> None:
 
 def test_an_array_takes_its_line(cluster: Cluster) -> None:
     (cluster.folder / "runs.txt").write_text(
-        "a.yaml\nsub/b.yaml --model.optim.lr 3e-4 --x '[1, 2]'\nc.yaml"
+        "a.yaml\nsub/b.yaml --data.train 'a-*.tar' --model.optim.lr.peak 3e-4 --x '[1, 2]'\nc.yaml"
     )
     task = {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "2"}
     assert cluster.run("array.sbatch", "runs.txt", **task).returncode == 0
     (call,) = cluster.called()
     assert call[call.index("-c") + 1] == "sub/b.yaml"
     assert call[call.index("--name") + 1] == "b-4700_2"
-    assert call[-4:] == ["--model.optim.lr", "3e-4", "--x", "[1, 2]"]
+    assert call[-6:-4] == ["--data.train", "a-*.tar"]
+    assert call[-4:] == ["--model.optim.lr.peak", "3e-4", "--x", "[1, 2]"]
     done = cluster.run("array.sbatch", "runs.txt", SLURM_ARRAY_TASK_ID="4")
     assert done.returncode == 2
     assert "runs.txt has no line 4" in done.stderr
