@@ -9,11 +9,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from contramask.callbacks.checkpoint import Checkpoints
+from contramask.callbacks.checkpoint import REPORTED, Checkpoints
+from contramask.callbacks.online_probes import OnlineProbes
 from contramask.callbacks.preemption import Preempted
 from contramask.callbacks.signals import inbox
 from contramask.checkpoints import files
 from contramask.types import UserError
+from tests.callbacks import probed_run
 from tests.callbacks.small_run import Plan, finish, make, start, steps, train, wait_for
 
 pytestmark = [
@@ -180,6 +182,64 @@ def test_an_unknown_metric_is_named_with_those_there_are(tmp_path: Path, caplog)
     assert caplog.text.count("no metric 'scroe' for best.ckpt; there are: score") == 1
 
 
+class Probes(pl.Callback):
+    """Logs as the online probes do, every three updates; the last one is measured too."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_) -> None:
+        step = trainer.global_step
+        if step % 3 == 0 or step == trainer.max_steps:
+            values = {"val/knn1_top1": 0.5, "online/seconds": 1.0}
+            pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False, batch_size=1)
+
+
+def warned(root: Path, monitor: str, caplog, *callbacks: pl.Callback, steps: int) -> list[str]:
+    """What is said in a run without validation that saves every two updates."""
+    caplog.clear()
+    caplog.set_level("INFO", logger="contramask")
+    train(Plan(str(root), steps=steps, every=2), *callbacks, monitor=monitor)
+    return [r.message for r in caplog.records if "for best.ckpt" in r.message]
+
+
+def test_a_metric_that_online_probes_do_not_log_is_named_once(tmp_path: Path, caplog) -> None:
+    (message,) = warned(tmp_path, "val/knn20_top1", caplog, Probes(), steps=8)
+    assert message == (
+        "no metric 'val/knn20_top1' for best.ckpt; there are: online/seconds, val/knn1_top1"
+    )
+    assert "best.ckpt" not in names(tmp_path)
+    said = [
+        r.message.split()[:2] for r in caplog.records if r.name.endswith("callbacks.checkpoint")
+    ]
+    first = said.index(["no", "metric"])
+    assert said[:first] == [["saved", "step-00000002.ckpt,"], ["saved", "step-00000004.ckpt,"]]
+
+
+def test_a_metric_of_online_probes_is_not_missed_before_they_have_logged(
+    tmp_path: Path, caplog
+) -> None:
+    assert warned(tmp_path, "val/knn1_top1", caplog, Probes(), steps=8) == []
+    assert "best.ckpt" in names(tmp_path)
+
+
+class Stops(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_what_was_measured_before_a_stop_between_saves_is_not_missed(
+    tmp_path: Path, caplog
+) -> None:
+    train(Plan(str(tmp_path), steps=9, every=50), Probes(), Stops(), monitor="val/knn1_top1")
+    assert last(tmp_path)["global_step"] == 5
+    assert "for best.ckpt" not in caplog.text
+
+
+def test_without_any_evaluation_it_is_told_at_the_end(tmp_path: Path, caplog) -> None:
+    (message,) = warned(tmp_path, "val/knn20_top1", caplog, steps=4)
+    assert message == "no metric 'val/knn20_top1' for best.ckpt; there are: none"
+    train(Plan(str(tmp_path / "b"), steps=2, every=2), Probes(), monitor="val/knn1_top1")
+    assert warned(tmp_path / "b", "val/knn1_top1", caplog, steps=4) == []  # it is there, of before
+
+
 def test_going_on_from_the_best_is_the_straight_run(tmp_path: Path) -> None:
     """It is written at the end of a validation, where Lightning's counters differ."""
     straight, again = tmp_path / "a", tmp_path / "b"
@@ -309,3 +369,22 @@ def test_the_sidecar_tells_the_step(tmp_path: Path) -> None:
     train(Plan(str(tmp_path), steps=3))
     (record,) = json.loads((tmp_path / "checkpoints" / "last.ckpt.json").read_text())
     assert record["step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_the_online_probes_themselves_are_heard(tmp_path: Path, caplog) -> None:
+    saver = Checkpoints(tmp_path, every=2, monitor="val/knn20_top1")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=[OnlineProbes(every=2, bank=100, val=50, ks=(1,)), saver],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(probed_run.Training(), datamodule=probed_run.Data())
+    assert REPORTED in trainer.callback_metrics
+    assert "no metric 'val/knn20_top1' for best.ckpt; there are: " in caplog.text
+    assert "val/knn1_top1, val/linear_top1" in caplog.text

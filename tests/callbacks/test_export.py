@@ -79,7 +79,7 @@ def test_other_ranks_end_with_the_first_and_write_nothing(tmp_path: Path, disk) 
     first, second = (Export(tmp_path) for _ in range(2))
     with pytest.raises(ExportError) as error:
         first.on_fit_end(rank(True), network())
-    said = str(error.value).partition("; training is done")[0]
+    said = str(error.value).partition("; the run itself")[0]
     with pytest.raises(ExportError, match="No space left"):
         second.on_fit_end(rank(False, said), network())
     assert disk.writes == 1

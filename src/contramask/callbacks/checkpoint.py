@@ -21,6 +21,8 @@ from contramask.types import UserError
 
 log = logging.getLogger(__name__)
 
+REPORTED = "online/seconds"  # there once the online probes have logged, whatever they measure
+
 
 class Checkpoints(Checkpoint):
     """Writes `step-00001000.ckpt` now and then, `last.ckpt` with each, `best.ckpt` by a metric.
@@ -123,6 +125,8 @@ class Checkpoints(Checkpoint):
         if self._between and (self._due(step) or step == trainer.max_steps):
             self._judge(trainer)
             self.save(trainer)
+            if REPORTED in trainer.callback_metrics:
+                self._warn(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if what has just been measured is the best so far."""
@@ -130,15 +134,20 @@ class Checkpoints(Checkpoint):
             return
         if self._between and self._judge(trainer):
             self.save(trainer, again=True)
-        if self.monitor and self.monitor not in trainer.callback_metrics and not self._warned:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            log.warning("no metric %r for best.ckpt; there are: %s", self.monitor, known)
-            self._warned = True
+        self._warn(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last state, if training ended before `max_steps` (a timer, say)."""
         if trainer.global_step > self._saved and self._between:
             self.save(trainer)
+        if self.best is None:
+            self._warn(trainer)
+
+    def _warn(self, trainer: pl.Trainer) -> None:
+        if self.monitor and self.monitor not in trainer.callback_metrics and not self._warned:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            log.warning("no metric %r for best.ckpt; there are: %s", self.monitor, known)
+            self._warned = True
 
     def save(self, trainer: pl.Trainer, *, again: bool = False) -> Path:
         """Write the state of now, unless it is on disk (or `again`). A collective: call it on all

@@ -61,8 +61,8 @@ class Export(pl.Callback):
         problem = trainer.strategy.broadcast(problem)
         if problem:
             raise ExportError(
-                f"{problem}; training is done: start the same command again, and only the export "
-                "is made"
+                f"{problem}; the run itself is saved: start the same command again, and it is "
+                "exported at its end"
             )
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
