@@ -101,6 +101,10 @@ def test_the_hybrids_views_are_its_halves():
         ({"flip": 1.5}, "flip is 1.5"),
         ({"number": 3, "photometric": (COLOURS, COLOURS)}, "2 entries for 3 crops"),
         ({"size": 5, "photometric": (COLOURS,)}, "sigma is"),
+        (
+            {"size": 5, "photometric": (Photometric(blur=0.5, taps=11),)},
+            "taps is 11 for crops of 5",
+        ),
     ],
 )
 def test_wrong_views_are_told(wrong, message):

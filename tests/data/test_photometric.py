@@ -10,6 +10,7 @@ import torchvision
 from torchvision.transforms.v2 import functional as tv
 
 from contramask.data import photometric, photometric_host
+from contramask.data.blur import gaussian_matrix
 from contramask.data.crops import uniforms
 from contramask.data.photometric import FIELDS, IDENTITY, Photometric
 from contramask.errors import UserError
@@ -72,6 +73,37 @@ def test_each_operation_is_torchvisions(name, value, theirs):
     assert levels(expected, image) > 0.5 or value == 0.1
     torch.testing.assert_close(on_device(image, numbers), expected, atol=2e-6, rtol=0)
     assert levels(on_host(image[0], numbers), expected[0]) < (2.0 if name == "hue" else 0.6)
+
+
+@pytest.mark.parametrize("taps", [3, 9, 23])
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_the_blur_is_torchvisions_of_that_many_taps(taps, sigma):
+    image = pictures(1)
+    blur = torchvision.transforms.GaussianBlur(taps, (sigma, sigma))
+    expected = blur(image.float() / 255)
+    numbers = row(sigma=sigma, taps=float(taps))
+    assert len(photometric_host.gaussian(sigma, taps)) == taps
+    torch.testing.assert_close(on_device(image, numbers), expected, atol=2e-6, rtol=0)
+    assert levels(on_host(image[0], numbers), expected[0]) < 0.6
+    plain = levels(on_device(image, row(sigma=sigma)), expected)
+    assert (plain > 0.5) == (sigma == 2.0 and taps < 13)  # where the kernel is cut
+
+
+def test_samples_of_a_batch_may_have_kernels_of_their_own():
+    images = pictures(3)
+    rows = [row(sigma=2.0, taps=3.0), row(sigma=2.0), row(sigma=2.0, taps=9.0)]
+    together = on_device(images, *rows)
+    for n, kernel in enumerate((3, 13, 9)):
+        expected = tv.gaussian_blur(images[n : n + 1].float() / 255, [kernel] * 2, [2.0, 2.0])
+        torch.testing.assert_close(together[n : n + 1], expected, atol=2e-6, rtol=0)
+
+
+def test_taps_are_in_the_row():
+    u = uniforms(3, "taps", count=10)
+    plain, cut = (Photometric(blur=1.0, taps=taps).row(u) for taps in (None, 9))
+    assert dict(zip(FIELDS, cut, strict=True))["taps"] == 9
+    assert plain[:-1] == cut[:-1]
+    assert plain[-1] == 0
 
 
 @pytest.mark.parametrize("threshold", [0.0, 90.0, 128.0, 255.0])
@@ -145,7 +177,7 @@ def test_grey_pictures_have_no_hue_to_turn():
 
 
 def test_the_blur_keeps_constants_and_sums_at_the_border():
-    matrix = photometric.gaussian_matrix(torch.tensor([0.0, 0.4, 2.0]), 11)
+    matrix = gaussian_matrix(torch.tensor([0.0, 0.4, 2.0]), torch.zeros(3), 11)
     assert torch.equal(matrix[0], torch.eye(11))
     torch.testing.assert_close(matrix.sum(-1), torch.ones(3, 11))
     # Reflection without the end pixel: the neighbour of the first counts twice.
@@ -198,6 +230,8 @@ def test_the_ranges_are_those_of_torchvisions_jitter():
         ({"sigma": (2.0, 0.1)}, "smaller number first"),
         ({"sigma": (0.0, 0.1)}, "above 0"),
         ({"threshold": 300}, "0 to 255"),
+        ({"taps": 8}, "taps is 8.*odd number.*set taps"),
+        ({"taps": 1}, "taps is 1; .*3 or more"),
     ],
 )
 def test_wrong_numbers_are_told(wrong, message):

@@ -7,10 +7,9 @@ OpenCV in a loader's worker. Both do the four operations of the jitter in the dr
 grey, blur, solarise, as SimCLR (arXiv:2002.05709), MoCo v3 (arXiv:2104.02057) and DINO
 (arXiv:2104.14294) do, with torchvision's definition of every operation.
 
-Blur is a Gaussian of the drawn sigma in pixels, cut at 3 sigma or to `taps`, reflected at the border,
-which is torchvision's for a kernel of that size. MoCo v3's
-and DINO's code calls Pillow's, which is a box blur repeated three times; the two are 0.4 to 0.7
-levels of 255 apart on photographs, where the blur itself moves pixels by 2 to 11.
+Blur is a Gaussian of the drawn sigma in pixels, cut at 3 sigma or to `taps`, reflected at the
+border. MoCo v3's and DINO's code calls Pillow's, which is a box blur repeated three times; the two
+are 0.4 to 0.7 levels of 255 apart on photographs, where the blur itself moves pixels by 2 to 11.
 """
 
 from collections.abc import Sequence
@@ -25,8 +24,9 @@ from contramask.data.blur import blur
 from contramask.errors import UserError
 
 # One row: three factors (1: unchanged), the hue's shift in turns (0: unchanged), the place of each
-# of the four in their order, grey (1) or not (0), sigma in pixels (0: no blur), the value from which
-# on pixels are inverted (256: none), and the length of the blur's kernel in pixels (0: 3 sigma).
+# of the four in their order, grey (1) or not (0), sigma in pixels (0: no blur), the value from
+# which on pixels are inverted (256: none), and the length of the blur's kernel in pixels
+# (0: 3 sigma).
 FIELDS = (
     "brightness", "contrast", "saturation", "hue",
     "brightness_place", "contrast_place", "saturation_place", "hue_place",
