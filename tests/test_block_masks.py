@@ -144,6 +144,36 @@ def test_a_function_of_the_place(masking):
     assert not torch.equal(whole[0], whole[1])
 
 
+@pytest.mark.parametrize("kind", [VariedBlockMasking, StratifiedBlockMasking])
+def test_the_token_of_hidden_patches(kind):
+    """Zeros in iBOT's and DINOv2's code; BEiT draws it."""
+    assert not kind(BIG).fill.any()
+    big = Spec(dim=5000, patch=16, grid=(14, 14), depth=1)
+    torch.manual_seed(0)
+    fill = kind(big, fill_std=0.1).fill.detach()
+    assert fill.abs().max() <= 0.1
+    assert fill.std().item() == pytest.approx(0.1 * 0.5396, rel=0.03)
+    assert BlockMasking(BIG, count=75).fill.all()
+
+
+def test_nothing_is_hidden_before_the_start():
+    masking = VariedBlockMasking(BIG, whole=0.0, start=0.25)
+    assert not draw(masking, step=Step(5, 0.2499, seed=9)).hidden.any()
+    later = Step(5, 0.25, seed=9)
+    assert draw(masking, step=later).hidden.any(1).all()
+    plain = VariedBlockMasking(BIG, whole=0.0)
+    assert torch.equal(draw(masking, step=later).hidden, draw(plain, step=later).hidden)
+
+
+def test_the_authors_largest_block():
+    """0.5 * img // p * img // p: 98 of 14 x 14, and 18 x 37 for DINOv2's 518 pixels."""
+    found = [
+        StratifiedBlockMasking(Spec(dim=12, patch=14, grid=grid, depth=1)).largest
+        for grid in ((14, 14), (37, 37), (5, 8))
+    ]
+    assert found == [98, 666, 16]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -151,7 +181,10 @@ def test_a_function_of_the_place(masking):
         (lambda: BlockMasking(ODD, count=9, exact=False, fill=False), r"cannot be dropped"),
         (lambda: BlockMasking(ODD, count=9, aspect=2.0), r"aspect is 2.0"),
         (lambda: VariedBlockMasking(ODD, ratio=(0.5, 0.1)), r"ratio is \(0.5, 0.1\)"),
-        (lambda: VariedBlockMasking(ODD, whole=1.5), r"whole 1.5"),
+        (lambda: VariedBlockMasking(ODD, whole=1.5), r"whole is 1.5"),
+        (lambda: VariedBlockMasking(ODD, start=-0.1), r"start -0.1.*in \[0, 1\]"),
+        (lambda: VariedBlockMasking(ODD, fill_std=-1.0), r"fill_std is -1.0.*init_args.fill_std"),
+        (lambda: StratifiedBlockMasking(ODD, fill_std=-1.0), r"fill_std is -1.0.*at least 0"),
         (lambda: StratifiedBlockMasking(ODD, masked=0.0), r"masked is 0.0"),
     ],
 )

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from contramask.models.heads import TokenHeads
 from contramask.optim import LARS, Clip, Optim, Rule
 from contramask.schedule import Schedule
 from contramask.types import UserError
+from tests.builders import tiny_vit
 
 
 def network() -> nn.Module:
@@ -263,6 +265,57 @@ def test_clipping_is_a_loop(per):
             found = dict(model.named_parameters())[name].grad
             np.testing.assert_allclose(found, factor * raw[name].numpy(), rtol=1e-5)
     assert shortened
+
+
+@pytest.mark.parametrize(
+    ("sharing", "parts"),
+    [("shared", ["cls"]), ("split", ["cls", "last_layer2"]), ("separate", ["cls", "patch"])],
+)
+def test_each_head_is_clipped_by_itself(sharing, parts):
+    heads = token_heads(sharing)
+    model = nn.ModuleDict({"objectives": nn.ModuleDict({"distil": heads})})
+    raw = gradients(model)
+    Optim(clip=Clip(0.5, per="module")).shorten(model.named_parameters(), 0.0)
+    for part in parts:
+        names = [n for n in raw if n.startswith(f"objectives.distil.heads.{part}.")]
+        norm = np.sqrt(sum((raw[n].numpy().astype(float) ** 2).sum() for n in names))
+        for name in names:
+            found = dict(model.named_parameters())[name].grad
+            np.testing.assert_allclose(found, 0.5 / norm * raw.pop(name).numpy(), rtol=1e-5)
+    assert not raw
+
+
+def token_heads(sharing: str) -> nn.Module:
+    heads = TokenHeads(5, 7, sharing=sharing, hidden=6, bottleneck=4, fixed_length=False)
+    return nn.ModuleDict({"heads": heads})
+
+
+def test_all_prototypes_are_frozen_by_one_rule():
+    """Where patches have prototypes of their own, too: `last_layer` is in their name."""
+    model = token_heads("split")
+    gradients(model)
+    Optim(rules=[Rule("last_layer", freeze=0.5)]).shorten(model.named_parameters(), 0.0)
+    moved = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert moved == {n for n in moved if n.startswith("heads.cls.mlp.")}
+    assert len(moved) == 6
+
+
+def test_a_table_of_relative_positions_is_of_its_block():
+    backbone = tiny_vit(positions="relative_per_block", timm={"depth": 3})
+    model = nn.ModuleDict({"backbone": backbone})
+    optim = Optim(lr=0.5, batch=None, layer_decay=0.1)
+    optimizer = optim.build(model.named_parameters(), fused=False)
+    optim.set(optimizer, 0.0, 1)
+    rates = {n: g["lr"] / 0.5 for g in optimizer.param_groups for n in g["names"]}
+    tables = [n for n in rates if n.startswith("backbone.bias.")]
+    assert len(tables) == 3
+    for name in tables:
+        block = int(name.split(".")[2])
+        assert rates[name] == pytest.approx(0.1 ** (3 - block)), name
+        assert rates[name] == rates[f"backbone.vit.blocks.{block}.mlp.fc1.weight"]
+    shared = nn.ModuleDict({"backbone": tiny_vit(positions="relative", timm={"depth": 3})})
+    groups = optim.groups(shared.named_parameters())
+    assert [g["lr_factor"] for g in groups for n in g["names"] if "backbone.bias" in n] == [1.0]
 
 
 @pytest.mark.parametrize("norm", [0.0, -3.0])

@@ -9,9 +9,9 @@ hold = 1 / T.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from contramask.types import UserError
+from contramask.errors import UserError, need_one_of
 
 Shape = Literal["cosine", "linear", "constant", "steps"]
 
@@ -44,11 +44,7 @@ class Schedule:
     stairs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.shape not in get_args(Shape):
-            raise UserError(
-                f"schedule: shape is {self.shape!r}; there are {', '.join(get_args(Shape))}; "
-                "set shape where the schedule is given"
-            )
+        need_one_of(self.shape, Shape, "schedule: shape", "shape where the schedule is given")
         if not 0 <= self.warmup <= self.warmup + self.hold < 1:
             raise UserError(
                 f"schedule: warmup is {self.warmup} and hold {self.hold}; they are fractions of "
@@ -71,7 +67,7 @@ class Schedule:
         x = min(max(progress - begin, 0.0) / (1 - begin), 1.0)
         if self.shape == "linear":
             return self.peak + (self.end - self.peak) * x
-        return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * x))
+        return self.end + (self.peak - self.end) * (0.5 * (1 + math.cos(math.pi * x)))
 
 
 def at(value: float | Schedule, progress: float) -> float:

@@ -171,6 +171,21 @@ def test_a_batch_that_hides_nothing(targets):
         assert not parameter.requires_grad or parameter.grad is not None, name
 
 
+def test_the_two_centres_may_move_apart():
+    def centres(**momenta: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        objective = IBOT(SPEC, mask="m", out=9, **SIZES, **momenta)
+        return objective(*given(objective), STEP).state
+
+    slow, fast = centres(centre_momentum=0.9), centres(centre_momentum=0.6)
+    both = centres(centre_momentum=0.9, patch_centre_momentum=0.6)
+    assert torch.equal(both["centre"], slow["centre"])
+    assert torch.equal(both["patch_centre_"], fast["patch_centre_"])
+    assert not torch.equal(fast["patch_centre_"], slow["patch_centre_"])
+    still = centres(patch_centre_momentum=1.0)
+    assert not still["patch_centre_"].any()
+
+
 def test_a_teacher_that_shares():
     """Its one set of prototypes starts as the student's second and then follows the first."""
     objective = IBOT(SPEC, mask="m", out=9, sharing="split", teacher_shares=True, **SIZES)

@@ -18,6 +18,18 @@ def test_masks_are_those_that_are_read(masks):
         pretraining("hybrid", masks=masks)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"momentum": 1.5}, r"momentum is 1.5; it is in \[0, 1\].*set model.momentum"),
+        ({"momentum": -0.1}, r"momentum is -0.1"),
+    ],
+)
+def test_how_teachers_move(given, message):
+    with pytest.raises(UserError, match=message):
+        pretraining(**given)
+
+
 def test_a_stream_that_starts_elsewhere_is_refused():
     with pytest.raises(
         RuntimeError, match=r"the stream is at step 2 \(position 8\), training at 0"

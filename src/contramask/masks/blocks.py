@@ -2,11 +2,12 @@
 
 from abc import abstractmethod
 from random import Random
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 
+from contramask.errors import need_one_of
 from contramask.masks.masking import Masking
 from contramask.masks.rectangles import hide_blocks, hide_scattered, stack
 from contramask.types import Mask, Spec, Step, UserError, fold
@@ -17,8 +18,8 @@ Shape = Literal["block", "random"]
 class _PerImage(Masking):
     """A mask that draws for one crop of one image at a time."""
 
-    def __init__(self, spec: Spec, *, fill: bool):
-        super().__init__(spec, fill=fill)
+    def __init__(self, spec: Spec, *, fill: bool, fill_std: float = 0.02):
+        super().__init__(spec, fill=fill, fill_std=fill_std)
         self.grid = spec.grid
 
     @abstractmethod
@@ -117,6 +118,9 @@ class VariedBlockMasking(_PerImage):
         whole: probability that nothing of a crop is hidden.
         shape: `block`, or `random` single patches (the authors' "Rand" models).
         aspect: least ratio of a block's height to its width, up to its inverse.
+        start: fraction of training before which nothing is hidden (the authors' pred_start_epoch:
+            50 of 300 epochs for Swin).
+        fill_std: standard deviation that the token of hidden patches is drawn with; 0: zeros.
     """
 
     def __init__(
@@ -127,20 +131,23 @@ class VariedBlockMasking(_PerImage):
         whole: float = 0.5,
         shape: Shape = "block",
         aspect: float = 0.3,
+        start: float = 0.0,
+        fill_std: float = 0.0,
     ):
-        super().__init__(spec, fill=True)
+        super().__init__(spec, fill=True, fill_std=fill_std)
         self.ratio, self.whole, self.aspect = _range(ratio), whole, _aspect(aspect)
-        if shape not in get_args(Shape) or not 0 <= whole <= 1:
+        need_one_of(shape, Shape, "mask shape", "model.masks.NAME.init_args.shape")
+        if not (0 <= whole <= 1 and 0 <= start <= 1):
             raise UserError(
-                f"mask shape is {shape!r} and whole {whole}; shape is block or random, whole a "
-                "probability; set model.masks.NAME.init_args"
+                f"mask: whole is {whole} and start {start}; whole is a probability, start a "
+                "fraction of training, both in [0, 1]; set model.masks.NAME.init_args"
             )
-        self.shape = shape
+        self.shape, self.start = shape, start
 
     def amounts(self, name: str, batch: int, crops: int, step: Step) -> list[list[float]]:
         def amount(crop: int, row: int) -> float:
             random = Random(fold(step.seed, step.index, f"mask/{name}/ratio", row, crop))
-            if random.random() < self.whole:
+            if random.random() < self.whole or step.progress < self.start:
                 return 0.0
             return random.uniform(*self.ratio) * self.grid[0] * self.grid[1]
 
@@ -165,9 +172,11 @@ class StratifiedBlockMasking(_PerImage):
         ratio: range of the hidden fraction.
         masked: share of the crops that are masked.
         smallest: area of a block, patches.
-        largest: most patches one block may add; None: half the grid, as the authors.
+        largest: most patches one block may add; None: half the rows, rounded down, times the
+            columns, which is the authors' integer arithmetic.
         aspect: least ratio of a block's height to its width, up to its inverse.
         exact: make up what blocks leave over by single patches (DINOv3).
+        fill_std: standard deviation that the token of hidden patches is drawn with; 0: zeros.
     """
 
     def __init__(
@@ -180,10 +189,11 @@ class StratifiedBlockMasking(_PerImage):
         largest: int | None = None,
         aspect: float = 0.3,
         exact: bool = False,
+        fill_std: float = 0.0,
     ):
-        super().__init__(spec, fill=True)
+        super().__init__(spec, fill=True, fill_std=fill_std)
         self.ratio, self.masked, self.exact = _range(ratio), masked, exact
-        self.smallest, self.largest = smallest, largest or spec.patches // 2
+        self.smallest, self.largest = smallest, largest or spec.grid[0] // 2 * spec.grid[1]
         self.aspect = _aspect(aspect)
         if not 0 < masked <= 1:
             raise UserError(

@@ -21,12 +21,24 @@ class Masking(nn.Module, ABC):
 
     fill: nn.Parameter | None
 
-    def __init__(self, spec: Spec, *, fill: bool):
+    def __init__(self, spec: Spec, *, fill: bool, fill_std: float = 0.02):
+        """Make the fill, if there is one.
+
+        Args:
+            spec: of the backbone.
+            fill: whether a learned token stands in the place of a hidden patch.
+            fill_std: standard deviation it is drawn with, clipped at one, as SimMIM and BEiT
+                initialise their mask token; 0: it starts at zeros (iBOT, DINOv2).
+        """
         super().__init__()
-        # Clipped at one standard deviation, as SimMIM and BEiT initialise their mask token.
-        self.fill = nn.Parameter(torch.empty(spec.dim)) if fill else None
-        if self.fill is not None:
-            nn.init.trunc_normal_(self.fill, std=0.02, a=-0.02, b=0.02)
+        if fill_std < 0:
+            raise UserError(
+                f"mask fill_std is {fill_std}; it is the standard deviation that the token of "
+                "hidden patches is drawn with, at least 0; set model.masks.NAME.init_args.fill_std"
+            )
+        self.fill = nn.Parameter(torch.zeros(spec.dim)) if fill else None
+        if self.fill is not None and fill_std > 0:
+            nn.init.trunc_normal_(self.fill, std=fill_std, a=-fill_std, b=fill_std)
 
     @abstractmethod
     def sample(

@@ -1,11 +1,25 @@
 """Exponential moving averages of modules: the teachers of self-distillation."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from contramask.errors import UserError, need_one_of
+
+Moved = Literal["before", "after"]
+
+
+def check_teachers(momentum: object, moved: Moved) -> None:
+    """Raise a `UserError` for a constant momentum outside [0, 1] or an unknown moment."""
+    need_one_of(moved, Moved, "model: ema", "model.ema")
+    if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
+        raise UserError(
+            f"the teachers' momentum is {momentum}; it is in [0, 1], or a schedule; "
+            "set model.momentum"
+        )
 
 
 class EmaCopy(nn.Module):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from contramask.types import Spec, Tokens, UserError
+from contramask.errors import UserError, need_one_of
+from contramask.types import Spec, Tokens
 
 
 def mlp(
@@ -118,6 +119,7 @@ class TokenHeads(nn.Module):
         fixed_length: bool,
     ):
         super().__init__()
+        need_one_of(sharing, Sharing, "heads: sharing", "model.objectives.NAME.init_args.sharing")
         self.sharing, patches = sharing, patch_out or out
         if sharing == "shared" and patches != out:
             raise UserError(
@@ -129,20 +131,21 @@ class TokenHeads(nn.Module):
         if sharing == "separate":
             self.patch = PrototypeHead(dim, patches, **sizes)
         elif sharing == "split":
-            self.patch = prototypes(bottleneck, patches, fixed_length=fixed_length)
+            # "last_layer" is in the name, so that one rule freezes both, as in the authors' code.
+            self.last_layer2 = prototypes(bottleneck, patches, fixed_length=fixed_length)
 
     def forward(
         self, x: Float[Tensor, "*B D"], kind: Literal["cls", "patch"]
     ) -> Float[Tensor, "*B K"]:
         if kind == "cls" or self.sharing == "shared":
             return self.cls(x)
-        return self.patch(x if self.sharing == "separate" else self.cls.embed(x))
+        return self.patch(x) if self.sharing == "separate" else self.last_layer2(self.cls.embed(x))
 
     @torch.no_grad()
     def lend(self, other: nn.Module) -> None:
         """Give the prototypes of patches to the class tokens of `other`, a copy of this."""
         assert isinstance(other, TokenHeads)
-        own = None if self.sharing != "split" else dict(self.patch.named_parameters())
+        own = None if self.sharing != "split" else dict(self.last_layer2.named_parameters())
         theirs = dict(other.cls.last_layer.named_parameters())
         if own is None or any(own[k].shape != v.shape for k, v in theirs.items()):
             raise UserError(

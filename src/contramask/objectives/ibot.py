@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from contramask.distributed import largest, mean, total
+from contramask.errors import need_one_of
 from contramask.functional.distil import centred, cross_entropy, cross_view, sinkhorn
 from contramask.models.ema import EmaCopy
 from contramask.models.heads import Sharing, TokenHeads
@@ -19,6 +20,10 @@ from contramask.objectives.dino import entropies
 from contramask.objectives.objective import Feats, Objective, need_crops, need_fill
 from contramask.schedule import Schedule, at
 from contramask.types import Batch, Loss, Pass, Spec, Step
+
+Targets = Literal["centre", "sinkhorn"]
+Centred = Literal["all", "masked"]
+WHERE = "model.objectives.NAME.init_args"
 
 
 class IBOT(Objective):
@@ -49,7 +54,8 @@ class IBOT(Objective):
         temperature: of the student.
         teacher_temperature: for class tokens.
         patch_temperature: for patches; None: as for class tokens.
-        centre_momentum: for both centres.
+        centre_momentum: of the centre of class tokens.
+        patch_centre_momentum: of that of patches; None: as for class tokens.
         cls_weight: of the first term.
         patch_weight: of the second.
     """
@@ -68,32 +74,38 @@ class IBOT(Objective):
         sharing: Sharing = "shared",
         teacher_shares: bool = False,
         norm_last_layer: bool = True,
-        targets: Literal["centre", "sinkhorn"] = "centre",
-        patch_centre: Literal["all", "masked"] = "all",
+        targets: Targets = "centre",
+        patch_centre: Centred = "all",
         temperature: float = 0.1,
         teacher_temperature: float | Schedule = 0.04,
         patch_temperature: float | Schedule | None = None,
         centre_momentum: float = 0.9,
+        patch_centre_momentum: float | None = None,
         cls_weight: float = 1.0,
         patch_weight: float = 1.0,
     ):
         super().__init__()
+        need_one_of(targets, Targets, "iBOT: targets", f"{WHERE}.targets")
+        need_one_of(patch_centre, Centred, "iBOT: patch_centre", f"{WHERE}.patch_centre")
         small = () if local is None else (Pass(local),)
         self.passes = (Pass(view, mask), Pass(view, net="teacher"), *small)
         self.targets, self.patch_centre = targets, patch_centre
-        self.temperature, self.centre_momentum = temperature, centre_momentum
+        self.temperature, self.cls_weight, self.patch_weight = temperature, cls_weight, patch_weight
+        patches = centre_momentum if patch_centre_momentum is None else patch_centre_momentum
+        self.centre_momenta = {"centre": centre_momentum, "patch_centre_": patches}
         self.teacher_temperature = teacher_temperature
         self.patch_temperature = patch_temperature or teacher_temperature
-        self.cls_weight, self.patch_weight = cls_weight, patch_weight
         sizes = {"hidden": hidden, "bottleneck": bottleneck, "fixed_length": norm_last_layer}
-        self.heads = TokenHeads(spec.dim, out, patch_out, sharing=sharing, **sizes)
-        self.teacher = EmaCopy(self.heads)
-        self.teacher_kind: Literal["cls", "patch"] = "patch"
-        if teacher_shares:
-            self.heads.lend(self.teacher.module)
-            self.teacher_kind = "cls"
+        heads = TokenHeads(spec.dim, out, patch_out, sharing=sharing, **sizes)
+        self._add(heads, teacher_shares=teacher_shares)
         self.register_buffer("centre", torch.zeros(out))
         self.register_buffer("patch_centre_", torch.zeros(patch_out or out))
+
+    def _add(self, heads: TokenHeads, *, teacher_shares: bool) -> None:
+        self.heads, self.teacher = heads, EmaCopy(heads)
+        self.teacher_kind: Literal["cls", "patch"] = "cls" if teacher_shares else "patch"
+        if teacher_shares:
+            heads.lend(self.teacher.module)
 
     def check(self, crops: Mapping[str, int], batch: int) -> None:
         super().check(crops, batch)
@@ -149,5 +161,5 @@ class IBOT(Objective):
         seen = taught if seen is None else seen
         # A rank without a hidden patch has nothing to say; ranks count alike, as in DINOv2.
         now = mean(seen.to(centre.dtype).mean(0) if len(seen) else centre)
-        moved = centre.lerp(now, 1 - self.centre_momentum)
+        moved = centre.lerp(now, 1 - self.centre_momenta[buffer])
         return centred(taught, centre, temperature), moved

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from contramask.types import UserError
+from contramask.errors import UserError, need_one_of
 
 Per = Literal["model", "module", "tensor"]
 
@@ -19,20 +19,19 @@ class Clip:
     Attributes:
         norm: the bound.
         per: `model`, of all parameters together; `module`, of the backbone (with the tokens that
-            stand for hidden patches) and of each part of each objective (DINOv2,
-            arXiv:2304.07193); `tensor`, of each parameter by itself (DINO, arXiv:2104.14294, and
-            iBOT): another method than `model`, although their flag has the same name.
+            stand for hidden patches), of each part of each objective and, where the part is
+            `heads`, of each head (DINOv2, arXiv:2304.07193); `tensor`, of each parameter by itself
+            (DINO, arXiv:2104.14294, and iBOT): another method than `model`, although their flag
+            has the same name.
     """
 
     norm: float
     per: Per = "model"
 
     def __post_init__(self) -> None:
-        if self.per not in get_args(Per) or self.norm <= 0:
-            raise UserError(
-                f"clip is {self.norm} per {self.per!r}; the norm is above 0, per is one of "
-                f"{', '.join(get_args(Per))}; set model.optim.clip"
-            )
+        need_one_of(self.per, Per, "optim: clip.per", "model.optim.clip.per")
+        if self.norm <= 0:
+            raise UserError(f"clip is {self.norm}; the norm is above 0; set model.optim.clip")
 
     @torch.no_grad()
     def __call__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -52,7 +51,9 @@ class Clip:
         if self.per != "module":
             return ""
         words = name.split(".")
-        return ".".join(words[:3]) if words[0] == "objectives" else "backbone"
+        if words[0] != "objectives":
+            return "backbone"
+        return ".".join(words[: 4 if words[2:3] == ["heads"] else 3])
 
 
 def _shorten_each(gradients: Sequence[Tensor], norm: float) -> None:

@@ -9,10 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from contramask.errors import UserError, need_one_of
 from contramask.optim.clipping import Clip
 from contramask.optim.lars import LARS
 from contramask.schedule import Schedule, at
-from contramask.types import UserError
+
+Name = Literal["adamw", "sgd", "lars", "lars_classic"]
+Scaling = Literal["linear", "sqrt"]
+FreezeBy = Literal["skip", "rate"]
 
 # What comes before the first block: patches, positions, tokens, and what masks put in their place.
 FIRST = r"patch_embed|pos_embed|cls_token|reg_token|^masks\."
@@ -37,7 +41,10 @@ class Rule:
     lr: float = 1.0
     decay: float = 1.0
     freeze: float = 0.0
-    freeze_by: Literal["skip", "rate"] = "skip"
+    freeze_by: FreezeBy = "skip"
+
+    def __post_init__(self) -> None:
+        need_one_of(self.freeze_by, FreezeBy, "optim rule: freeze_by", "model.optim.rules")
 
     def matches(self, name: str, parameter: Tensor) -> bool:
         """Whether it decides about this parameter."""
@@ -69,15 +76,19 @@ class Optim:
         clip: largest norm of the gradient of all parameters together, or a `Clip`; None: none.
     """
 
-    name: Literal["adamw", "sgd", "lars", "lars_classic"] = "adamw"
+    name: Name = "adamw"
     lr: float | Schedule = 1.5e-4
     batch: int | None = 256
-    scaling: Literal["linear", "sqrt"] = "linear"
+    scaling: Scaling = "linear"
     decay: float | Schedule = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     rules: list[Rule] = field(default_factory=list)
     layer_decay: float = 1.0
     clip: float | Clip | None = None
+
+    def __post_init__(self) -> None:
+        need_one_of(self.name, Name, "optim: name", "model.optim.name")
+        need_one_of(self.scaling, Scaling, "optim: scaling", "model.optim.scaling")
 
     def groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         """Parameter groups of equal factors, with the names of their members.
@@ -188,5 +199,6 @@ class Optim:
 
 def _block(name: str) -> int:
     """The number of the backbone's block a parameter is in; -1 outside."""
-    found = re.search(r"^backbone\.(?:\w+\.)*?blocks\.(\d+)\.", name)
+    # `bias.<i>` is the table of relative positions of block i, where each block has its own.
+    found = re.search(r"^backbone\.(?:(?:\w+\.)*?blocks|bias)\.(\d+)\.", name)
     return int(found[1]) if found else -1

@@ -1,7 +1,7 @@
 """Pretraining: compute every declared pass once, sum the weighted objectives, move the teachers."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from contramask.masks import Masking
 from contramask.models.backbone import Backbone
-from contramask.models.ema import EmaCopy
+from contramask.models.ema import EmaCopy, Moved, check_teachers
 from contramask.objectives.objective import Objective
 from contramask.optim import Optim
 from contramask.schedule import Schedule, at
@@ -18,7 +18,7 @@ from contramask.training.dropout import seed_layers
 from contramask.training.encoding import encode
 from contramask.training.inspection import draw
 from contramask.training.ledger import Ledger
-from contramask.training.plan import agree, check_depth, check_sizes, describe, plan
+from contramask.training.plan import agree, check_depth, check_length, check_sizes, describe, plan
 from contramask.types import Batch, Loss, Pass, Spec, Step, Tokens, UserError
 
 
@@ -49,11 +49,12 @@ class Pretraining(pl.LightningModule):
         masks: dict[str, Callable[[Spec], Masking]] | None = None,
         weights: dict[str, float | Schedule] | None = None,
         momentum: float | Schedule = 0.99,
-        ema: Literal["before", "after"] = "after",
+        ema: Moved = "after",
         seed: int = 0,
         compile: bool = False,
     ):
         super().__init__()
+        check_teachers(momentum, ema)
         spec = backbone.spec
         self.backbone = backbone
         self.objectives = nn.ModuleDict({k: make(spec) for k, make in objectives.items()})
@@ -119,12 +120,7 @@ class Pretraining(pl.LightningModule):
     @property
     def total_steps(self) -> int:
         """Weight updates of the whole training, the unit of all schedules."""
-        if self.trainer.max_steps < 1:
-            raise UserError(
-                f"trainer.max_steps is {self.trainer.max_steps}; training is counted in steps and "
-                "schedules need their number; set trainer.max_steps"
-            )
-        return self.trainer.max_steps
+        return check_length(self.trainer.max_steps)
 
     def _sum(self, losses: Mapping[str, Loss], step: Step) -> Tensor:
         # A term of weight 0 is multiplied, not skipped: parameters without gradient stop DDP.
