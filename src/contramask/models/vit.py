@@ -6,6 +6,7 @@ from typing import Any, Literal
 import timm
 import torch
 from jaxtyping import Float
+from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from contramask.functional.patches import sincos
 from contramask.models.backbone import Backbone
+from contramask.models.drop_path import DropPaths, set_drop_paths
 from contramask.models.initialise import INITIALISE, Init
 from contramask.models.positions import Interpolation, RelativeBias, resize_positions
 from contramask.types import Mask, Spec, Tokens, UserError
@@ -53,6 +55,9 @@ class VisionTransformer(Backbone):
         interpolation: of absolute positions, for crops of other sizes; see `resize_positions`.
         init: initialisation of the weights: timm's own or an official code's.
         freeze_patch_embed: keep the random patch projection fixed (MoCo v3, arXiv:2104.02057).
+        drop_path: of the rate `timm.drop_path_rate`: `growing` from 0 to it over the blocks (timm);
+            `uniform`, it in every block; `subset`, in every block too, and exactly so many samples
+            of a batch are left out (DINOv2 above 0.1).
         timm: further arguments of timm's model by its own names: `embed_dim`, `depth`,
             `num_heads`, `reg_tokens`, `init_values` (LayerScale), `drop_path_rate` ...
 
@@ -70,6 +75,7 @@ class VisionTransformer(Backbone):
         interpolation: Interpolation = "antialias",
         init: Init = "timm",
         freeze_patch_embed: bool = False,
+        drop_path: DropPaths = "growing",
         timm: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -81,10 +87,13 @@ class VisionTransformer(Backbone):
             "interpolation": interpolation,
             "init": init,
             "freeze_patch_embed": freeze_patch_embed,
+            "drop_path": drop_path,
             "timm": dict(timm or {}),
         }
         _refuse(self.config["timm"])
         self.vit = _create(name, self.timm_arguments())
+        rate = self.config["timm"].get("drop_path_rate", 0.0)
+        set_drop_paths(self.vit.blocks, drop_path, rate, uniform=DropPath)
         patch = _square(self.vit.patch_embed.patch_size)
         grid = _grid(img_size, patch)
         self.spec = Spec(self.vit.embed_dim, patch, grid, len(self.vit.blocks))
