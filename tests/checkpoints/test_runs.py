@@ -1,11 +1,13 @@
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from contramask.checkpoints import files
-from contramask.checkpoints.runs import Run, differences, is_first, open_run, run_name
+from contramask.checkpoints.differences import differences
+from contramask.checkpoints.runs import Run, is_first, latest, open_run, run_name
 from contramask.types import UserError
 
 CONFIG = {
@@ -91,17 +93,16 @@ def test_a_damaged_last_falls_back(tmp_path: Path, caplog) -> None:
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
-    open_run(tmp_path, "a", CONFIG)
+    checkpoint(open_run(tmp_path, "a", CONFIG), 40)
     other = changed(model__optim__lr=3e-3, model__extra=4, trainer__max_steps=200)
     with pytest.raises(UserError) as info:
         open_run(tmp_path, "a", other)
-    assert str(info.value).splitlines()[1:4] == [
-        "  model.extra: not set -> 4",
-        "  model.optim.lr: 0.001 -> 0.003",
-        "  trainer.max_steps: 100 -> 200 (schedules are functions of step / max_steps: another "
-        "length is another run from its first step on)",
-    ]
-    assert "another --name" in str(info.value)
+    assert str(info.value) == (
+        f"run directory {tmp_path / 'a'} belongs to another configuration: model.extra: not set -> "
+        "4; model.optim.lr: 0.001 -> 0.003; trainer.max_steps: 100 -> 200 (schedules are functions "
+        "of step / max_steps: another length is another run from its first step on); put these "
+        "back to continue the run, or start another with another --name"
+    )
     assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text()) == CONFIG
 
 
@@ -119,7 +120,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Pa
     ],
 )
 def test_what_may_change(tmp_path: Path, keys: dict) -> None:
-    open_run(tmp_path, "a", CONFIG)
+    checkpoint(open_run(tmp_path, "a", CONFIG), 40)
     open_run(tmp_path, "a", changed(**keys))
 
 
@@ -135,9 +136,34 @@ def test_what_may_change(tmp_path: Path, keys: dict) -> None:
     ],
 )
 def test_what_may_not(tmp_path: Path, keys: dict) -> None:
-    open_run(tmp_path, "a", CONFIG)
+    checkpoint(open_run(tmp_path, "a", CONFIG), 40)
     with pytest.raises(UserError, match="another configuration"):
         open_run(tmp_path, "a", changed(**keys))
+
+
+def test_a_start_that_failed_does_not_keep_the_name(tmp_path: Path) -> None:
+    open_run(tmp_path, "a", CONFIG)
+    other = changed(model__optim__lr=3e-3)
+    run = open_run(tmp_path, "a", other)
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == other
+    checkpoint(run, 40)
+    with pytest.raises(UserError, match="another configuration"):
+        open_run(tmp_path, "a", CONFIG)
+
+
+def test_the_newest_run_of_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run of mae in .* \(0 looked at\)"):
+        latest(tmp_path, "mae", CONFIG)
+    times = ("20260101-101010", "20260102-101010", "20260103-101010", "20260104-101010")
+    configs = (CONFIG, CONFIG, changed(seed=4), CONFIG)
+    runs = [open_run(tmp_path, f"mae-{t}", c) for t, c in zip(times, configs, strict=True)]
+    for i, run in enumerate(runs[:3]):  # the last one has no checkpoint yet
+        os.utime(checkpoint(run, 40).parent, (i, i))
+    checkpoint(open_run(tmp_path, "mae-new-20260105-101010", CONFIG), 40)
+    assert latest(tmp_path, "mae", CONFIG) == runs[1].name
+    assert latest(tmp_path, "mae", changed(seed=4)) == runs[2].name
+    with pytest.raises(UserError, match=r"\(4 looked at\); give --name"):
+        latest(tmp_path, "mae", changed(seed=5))
 
 
 def test_differences_of_lists() -> None:

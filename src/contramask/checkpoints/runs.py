@@ -9,51 +9,16 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from contramask.checkpoints.differences import FREE, MOVABLE, differences
 from contramask.checkpoints.files import newest
 from contramask.types import UserError
 
 log = logging.getLogger(__name__)
-
-# What may differ between the parts of one run: where and how fast it runs, what is watched; never
-# what is learned. Patterns of dotted keys.
-FREE = (
-    "config*",
-    "name",
-    "root",
-    "resume",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accumulate_grad_batches",  # the images of an update are checked when training starts
-    "trainer.strategy*",
-    "trainer.plugins*",
-    "trainer.callbacks*",  # observers; they leave training bitwise as it is
-    "trainer.logger*",
-    "trainer.profiler*",
-    "trainer.log_every_n_steps",
-    "trainer.enable_*",
-    "trainer.limit_val_batches",
-    "trainer.val_check_interval",
-    "trainer.check_val_every_n_epoch",
-    "trainer.num_sanity_val_steps",
-    "trainer.default_root_dir",
-    "tracking*",
-    "data.workers",
-    "data.streaming.prefetch",
-    "data.streaming.context",
-)
-# Files that may lie in another directory (staged to a local disk, say) under the same name.
-MOVABLE = ("data.train", "data.val", "data.streaming.index")
-WHY = {
-    "trainer.max_steps": "schedules are functions of step / max_steps: another length is another "
-    "run from its first step on"
-}
 
 
 @dataclass(frozen=True)
@@ -104,6 +69,32 @@ def run_name(name: str | None, config: Path | None = None) -> str:
     return os.environ["CONTRAMASK_RUN"]
 
 
+def latest(root: Path, stem: str, config: Mapping[str, Any], *, free: Sequence[str] = FREE) -> str:
+    """The name of the newest run with a checkpoint and this configuration.
+
+    Of those that were named by their time or job: `STEM-DATE-TIME`, `STEM-JOB`.
+
+    Raises:
+        UserError: there is none.
+    """
+    pattern = re.compile(re.escape(stem) + r"-\d+([-_]\d+)?")
+    runs = [path for path in root.glob(f"{stem}-*") if pattern.fullmatch(path.name)]
+    saved = {path: (path / "checkpoints").stat().st_mtime for path in runs if has_checkpoint(path)}
+    for path in sorted(saved, key=saved.__getitem__, reverse=True):
+        before = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
+        if not differences(before, config, free=free, movable=MOVABLE):
+            return path.name
+    raise UserError(
+        f"--resume, but no run of {stem} in {root} has a checkpoint and this configuration "
+        f"({len(runs)} looked at); give --name, or leave --resume out to start anew"
+    )
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether a run directory holds any checkpoint, good or not."""
+    return any(path.glob("checkpoints/*.ckpt"))
+
+
 def open_run(
     root: Path,
     name: str,
@@ -129,6 +120,8 @@ def open_run(
     """
     path = root / name
     if is_first():
+        if resume is True:
+            _need_checkpoint(path)
         if resume is False and path.is_dir() and any(path.iterdir()):
             raise UserError(
                 f"run directory {path} is in use ({_contents(path)}): continue it with --resume "
@@ -137,13 +130,15 @@ def open_run(
         _claim(path, config, free=free, movable=movable)
     if resume is False:
         return Run(path)
-    found = _last_good(path / "checkpoints")
-    if found is None and resume is True:
+    return Run(path, _last_good(path / "checkpoints"))
+
+
+def _need_checkpoint(path: Path) -> None:
+    if not has_checkpoint(path):
         raise UserError(
-            f"--resume true, but there is no checkpoint in {path / 'checkpoints'}: check --root "
-            "and --name, or use --resume auto to start where there is none"
+            f"--resume, but there is no checkpoint in {path / 'checkpoints'}: check --root and "
+            "--name, or use --resume auto to start where there is none"
         )
-    return Run(path, found)
 
 
 def _last_good(checkpoints: Path) -> Path | None:
@@ -166,69 +161,22 @@ def _claim(
     path: Path, config: Mapping[str, Any], *, free: Sequence[str], movable: Sequence[str]
 ) -> None:
     """Write the configuration, or hold it against the one that is there."""
-    path.mkdir(parents=True, exist_ok=True)
     file = path / "config.yaml"
-    if not file.is_file():
+    before = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None
+    lines = differences(before or {}, config, free=free, movable=movable)
+    # Of a start that failed, on a mistake in the configuration say, nothing is worth keeping.
+    if before is None or (lines and not has_checkpoint(path)):
+        path.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.tmp.{os.getpid()}")
         part.write_text(yaml.safe_dump(dict(config), sort_keys=False), "utf-8")
         os.replace(part, file)
-        return
-    before = yaml.safe_load(file.read_text("utf-8"))
-    lines = differences(before, config, free=free, movable=movable)
-    if lines:
+        if before is not None:
+            log.info("%s had no checkpoint yet: it takes this configuration", path)
+    elif lines:
         raise UserError(
-            f"run directory {path} belongs to another configuration:\n  "
-            + "\n  ".join(lines)
-            + "\nput these back to continue the run, or start another with another --name"
+            f"run directory {path} belongs to another configuration: {'; '.join(lines)}; put these "
+            "back to continue the run, or start another with another --name"
         )
-
-
-def differences(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    *,
-    free: Sequence[str] = (),
-    movable: Sequence[str] = (),
-) -> list[str]:
-    """Lines `key: before -> after (why)` for the keys that must not differ, and do."""
-    old, new = _flat(before, movable), _flat(after, movable)
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        if _any_of(free, key):
-            continue
-        a, b = old.get(key, "not set"), new.get(key, "not set")
-        if a != b:
-            lines.append(f"{key}: {a} -> {b}" + (f" ({WHY[key]})" if key in WHY else ""))
-    return lines
-
-
-def _flat(config: object, movable: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key; a list is a leaf unless it holds mappings."""
-    if _any_of(movable, prefix):
-        return {prefix: _file_names(config)}
-    if isinstance(config, Mapping) and config:
-        pairs = [(str(key), value) for key, value in config.items()]
-    elif isinstance(config, list | tuple) and any(isinstance(x, Mapping) for x in config):
-        pairs = [(str(i), value) for i, value in enumerate(config)]
-    else:
-        return {prefix: list(config) if isinstance(config, tuple) else config}
-    flat = {}
-    for key, value in pairs:
-        flat |= _flat(value, movable, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def _any_of(patterns: Sequence[str], key: str) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _file_names(value: object) -> object:
-    """Paths without their directories, also in lists, `::` lists, and as keys."""
-    if isinstance(value, str):
-        return "::".join(part.rsplit("/", 1)[-1] for part in value.split("::"))
-    if isinstance(value, Mapping):
-        return {_file_names(key): weight for key, weight in value.items()}
-    return [_file_names(item) for item in value] if isinstance(value, list) else value
 
 
 def _contents(path: Path) -> str:

@@ -18,6 +18,21 @@ _KEY = re.compile(r"""(?:Key|key|group) ['"]?([\w.-]+)['"]? (?:is )?not (?:expec
 _UNKNOWN = re.compile(r"(?:unrecognized arguments:|Unrecognized arguments:) --([\w.+-]+)")
 
 
+class ConfigFile(jsonargparse.ActionConfigFile):  # pyright: ignore[reportPrivateImportUsage]
+    """A YAML of options, whose `data.views` may be the path of another YAML.
+
+    jsonargparse keeps that path as an entry beside the views, and takes it for a view when a dotted
+    option changes one (`--data.views.global.size 96`).
+    """
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
+        jsonargparse.ActionConfigFile.apply_config(parser, cfg, dest, value)
+        views = cfg.get("data.views")
+        if isinstance(views, dict):
+            views.pop("__path__", None)
+
+
 class Parser(jsonargparse.ArgumentParser):
     """A jsonargparse parser whose errors are one line that names the nearest valid names."""
 

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from contramask.callbacks.balance import Balance
 from contramask.callbacks.checkpoint import Checkpoints
@@ -22,14 +24,17 @@ from contramask.callbacks.preemption import (
 )
 from contramask.callbacks.progress import Progress
 from contramask.callbacks.throughput import Throughput
-from contramask.checkpoints.runs import FREE, Run, open_run, run_name
-from contramask.cli.parser import Parser
+from contramask.checkpoints.differences import FREE
+from contramask.checkpoints.runs import Run, has_checkpoint, latest, open_run, run_name
+from contramask.cli.parser import ConfigFile, Parser
 from contramask.cli.quiet import settle
 from contramask.cli.recipes import recipes
 from contramask.data.module import ImageShards
 from contramask.tracking.jsonl import JSONLLogger
 from contramask.tracking.wandb import Tracker, make_wandb
+from contramask.training.plan import check_length
 from contramask.training.pretraining import Pretraining
+from contramask.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +55,17 @@ def main(argv: Sequence[str]) -> None:
 def build_parser() -> Parser:
     """The options of pretraining: a model, data, a trainer, and who watches."""
     parser = Parser(prog="contramask pretrain", description=__doc__)
-    parser.add_argument("-c", "--config", action="config", help="a YAML file; later ones win")
+    parser.add_argument("-c", "--config", action=ConfigFile, help="a YAML file; later ones win")
     parser.add_argument("--name", type=str | None, help="of the run; default: job id or time")
     parser.add_argument("--root", type=str, default="runs", help="the directory of all runs")
     parser.add_argument(
         "--resume",
         type=bool | Literal["auto"],
+        nargs="?",
+        const=True,
         default="auto",
-        help="auto: continue the run of this name if it exists; true: insist; false: refuse",
+        help="auto: continue the run of this name if it exists; true or no word: insist, and "
+        "without --name find the newest of this configuration; false: refuse",
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
     parser.add_argument("--list", action="store_true", help="show all recipes with a line each")
@@ -99,20 +107,35 @@ def _defaults() -> dict[str, Any]:
 def pretrain(parser: Parser, config: Namespace) -> Run:
     """Train as the configuration says; continue the run of its name if there is one."""
     resolved = {k: v for k, v in parser.plain(config).items() if k not in ("config", "list")}
-    source = config.config[-1] if config.config else None
-    name = run_name(config.name, Path(str(source)) if source else None)
-    run = open_run(
-        Path(config.root), name, resolved, resume=config.resume, free=(*FREE, *OBSERVERS)
-    )
+    check_length(config.trainer.max_steps)
+    run = _run(config, resolved)
     pl.seed_everything(config.seed, workers=False, verbose=False)
     config.model.seed = config.data.seed = config.seed
     parts = parser.build(config)
+    patch = parts.model.backbone.spec.patch
+    parts.data.images = replace(images := parts.data.images, min_side=max(images.min_side, patch))
     trainer = _trainer(parts, run, resolved)
     keep_lightning_off_signals(trainer)
     log.info("run %s\n%s", run.path, parts.model.describe())
     checkpoint = str(run.checkpoint) if run.checkpoint else None
     trainer.fit(parts.model, parts.data, ckpt_path=checkpoint, weights_only=True)
     return run
+
+
+def _run(config: Namespace, resolved: dict[str, Any]) -> Run:
+    """The run directory, by name or by what is there to be continued."""
+    root, source = Path(config.root), config.config[-1] if config.config else None
+    free = (*FREE, *OBSERVERS)
+    name = run_name(config.name, Path(str(source)) if source else None)
+    if config.resume is True and config.name is None and not has_checkpoint(root / name):
+        name = latest(root, Path(str(source)).stem if source else "run", resolved, free=free)
+    try:
+        return open_run(root, name, resolved, resume=config.resume, free=free)
+    except OSError as error:
+        raise UserError(
+            f"run directory {root / name} cannot be made ({error.strerror}); set --root to a "
+            "directory that can be written"
+        ) from error
 
 
 def _trainer(parts: Namespace, run: Run, resolved: dict[str, Any]) -> pl.Trainer:
@@ -136,4 +159,7 @@ def _trainer(parts: Namespace, run: Run, resolved: dict[str, Any]) -> pl.Trainer
         preemption,
     ]
     arguments["plugins"] = [*(arguments["plugins"] or []), *environment_plugins()]
-    return pl.Trainer(**arguments, logger=[JSONLLogger(run.path), tracker])
+    try:
+        return pl.Trainer(**arguments, logger=[JSONLLogger(run.path), tracker])
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {error}; correct the options under --trainer") from error

@@ -56,6 +56,11 @@ class ImageShards(pl.LightningDataModule):
         streaming: Streaming | None = None,
     ) -> None:
         super().__init__()
+        if batch_size < 1 or workers < 0:
+            raise UserError(
+                f"data.batch_size is {batch_size} and data.workers {workers}; a batch has 1 image "
+                "or more, workers are 0 (none but the trainer's process) or more"
+            )
         self.patterns = {"train": train, "val": val}
         self.groups: Mapping[str, Crops] = views or {}
         self.batch_size, self.workers, self.seed = batch_size, workers, seed

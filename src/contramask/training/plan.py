@@ -47,6 +47,16 @@ def check_depth(terms: Mapping[str, Objective], spec: Spec) -> None:
         )
 
 
+def check_length(max_steps: int) -> int:
+    """The number of weight updates. Raises `UserError` where there is none."""
+    if max_steps < 1:
+        raise UserError(
+            f"trainer.max_steps is {max_steps}; training is counted in steps and schedules need "
+            "their number; set trainer.max_steps"
+        )
+    return max_steps
+
+
 def check_sizes(passes: Iterable[Pass], sizes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
     """Refuse crops that are not whole patches, or not the grid that masks are drawn for.
 
