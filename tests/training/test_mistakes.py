@@ -75,3 +75,12 @@ def test_data_that_does_not_fit_is_refused_before_the_first_forward(recipe, view
     with pytest.raises(UserError, match=message):
         fit(module, stream=stream)
     assert not forwards
+
+
+def test_views_that_nobody_reads_are_told(caplog):
+    views = {"mild": randn(1, 4, 3, 16, 20), "middle": randn(1, 4, 3, 16, 20)}
+    fit(pretraining("simmim"), stream=Sized(views), steps=1)
+    assert "no objective reads the views middle," in caplog.text
+    caplog.clear()
+    fit(pretraining("simmim"), stream=Sized({"mild": views["mild"]}), steps=1)
+    assert "no objective reads" not in caplog.text

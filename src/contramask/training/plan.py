@@ -1,6 +1,7 @@
 """The plan of a step: which passes the objectives read, and whether names agree."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import nn
 
 from contramask.objectives.objective import Objective
 from contramask.types import Pass, Spec, UserError
+
+log = logging.getLogger(__name__)
 
 
 def plan(terms: Mapping[str, Objective]) -> dict[Pass, tuple[Pass, ...]]:
@@ -57,14 +60,22 @@ def check_length(max_steps: int) -> int:
     return max_steps
 
 
-def check_sizes(passes: Iterable[Pass], sizes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
+def check_sizes(passes: Collection[Pass], sizes: Mapping[str, tuple[int, ...]], spec: Spec) -> None:
     """Refuse crops that are not whole patches, or not the grid that masks are drawn for.
+
+    Views that nobody reads are told.
 
     Args:
         passes: of the plan.
         sizes: (height, width) of the crops of each view, in pixels.
         spec: of the backbone.
     """
+    if idle := sizes.keys() - {reads.view for reads in passes}:
+        log.warning(
+            "no objective reads the views %s, which are made all the same; leave them out of "
+            "data.views",
+            ", ".join(sorted(idle)),
+        )
     trained = tuple(n * spec.patch for n in spec.grid)
     for reads in passes:
         height, width = sizes[reads.view]
