@@ -1,6 +1,8 @@
 """The quickstart, shortened: everything it promises is there, and the same numbers come twice."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +35,18 @@ def test_what_it_leaves(twice):
         assert (out / name / "backbone.safetensors").is_file()
     assert list((out / "hybrid" / "pictures").glob("reconstruct*"))
     assert list((out / "data").glob("train-*.tar"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_command_of_the_readme(tmp_path):
+    """At its full length: contrast reads texture, masks read shape, both better than at random."""
+    command = [sys.executable, "-m", "contramask", "quickstart"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with open(tmp_path / "runs" / "quickstart" / "results.csv", newline="") as file:
+        rows = {row["encoder"]: row for row in csv.DictReader(file)}
+    start, contrast, masked = (rows[k] for k in ("random init", RUNS["mocov3"], RUNS["mae"]))
+    assert float(contrast["texture k-NN"]) > float(start["texture k-NN"]) + 10
+    assert float(masked["shape k-NN"]) > float(start["shape k-NN"]) + 3
+    assert "What to try next" in done.stdout
