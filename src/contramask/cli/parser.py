@@ -27,7 +27,7 @@ class ConfigFile(jsonargparse.ActionConfigFile):  # pyright: ignore[reportPrivat
 
     @staticmethod
     def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
-        jsonargparse.ActionConfigFile.apply_config(parser, cfg, dest, value)
+        super(ConfigFile, ConfigFile).apply_config(parser, cfg, dest, value)
         views = cfg.get("data.views")
         if isinstance(views, dict):
             views.pop("__path__", None)
