@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from contramask.functional.patches import patchify, sincos, unpatchify
+from contramask.functional.patches import blacken, patchify, sincos, unpatchify
 from contramask.types import UserError
 from tests.builders import randn
 
@@ -53,3 +53,14 @@ def test_the_two_orders_are_transposes():
 def test_width_must_be_divisible_by_four():
     with pytest.raises(UserError, match=r"divisible by 4, given 14; set the width"):
         sincos(14, (4, 5))
+
+
+def test_hidden_patches_are_black():
+    image, hidden = randn(2, 3, 8, 12), torch.arange(12).reshape(2, 6) % 3 == 0
+    found = blacken(image, hidden, 4)
+    for b in range(2):
+        for n in range(6):
+            row, column = 4 * (n // 3), 4 * (n % 3)
+            patch = found[b, :, row : row + 4, column : column + 4]
+            whole = image[b, :, row : row + 4, column : column + 4]
+            assert torch.equal(patch, torch.zeros_like(whole) if hidden[b, n] else whole)

@@ -1,7 +1,7 @@
 """Images as rows of patches, and the fixed positions of patches on their grid."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from contramask.types import UserError
@@ -25,6 +25,15 @@ def unpatchify(
     b, rows, columns = len(patches), *grid
     x = patches.reshape(b, rows, columns, patch, patch, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * patch, columns * patch)
+
+
+def blacken(
+    image: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"], patch: int
+) -> Float[Tensor, "B C H W"]:
+    """The image with 0 in the place of hidden patches, for the eye."""
+    grid = (image.shape[2] // patch, image.shape[3] // patch)
+    shown = patchify(image, patch).where(~hidden[..., None], image.new_zeros(()))
+    return unpatchify(shown, patch, grid)
 
 
 def sincos(dim: int, grid: tuple[int, int], *, rows_first: bool = False) -> Float[Tensor, "N D"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from contramask import distributed
-from contramask.functional.patches import patchify, unpatchify
+from contramask.functional.patches import blacken
 from contramask.models.tokenizers.files import fingerprint, load_tokenizer
 from contramask.models.tokenizers.tokenizer import Beside, Tokenizer
 from contramask.objectives.objective import Feats, Objective, need_fill
@@ -110,9 +110,7 @@ class BEiT(Objective):
         tokens = feats[self.passes[0]]
         assert tokens.mask is not None
         image = batch["views"][self.passes[0].view].flatten(0, 1)
-        patches = patchify(image, self.spec.patch)
-        seen = patches.where(~tokens.mask.hidden[..., None], patches.new_zeros(()))
-        return {"image": image, "masked": unpatchify(seen, self.spec.patch, self.spec.grid)}
+        return {"image": image, "masked": blacken(image, tokens.mask.hidden, self.spec.patch)}
 
 
 def _same_tokenizer(module: BEiT, state: dict[str, Any], prefix: str, *_: object) -> None:

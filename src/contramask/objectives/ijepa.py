@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contramask.functional.patches import patchify, unpatchify
+from contramask.functional.patches import blacken
 from contramask.models.predictor import Predictor, places
 from contramask.objectives.objective import Feats, Objective
 from contramask.types import Batch, Loss, Pass, Spec, Step
@@ -74,10 +74,6 @@ class IJEPA(Objective):
         mask = feats[self.passes[0]].mask
         assert mask is not None
         image = batch["views"][self.passes[0].view].flatten(0, 1)
-        patches, patch, grid = patchify(image, self.spec.patch), self.spec.patch, self.spec.grid
-
-        def only(seen: Tensor) -> Tensor:
-            return unpatchify(patches.where(seen[..., None], patches.new_zeros(())), patch, grid)
-
-        asked = {f"target {i}": only(block) for i, block in enumerate(mask.targets.unbind(1))}
-        return {"image": image, "context": only(~mask.hidden), **asked}
+        patch, blocks = self.spec.patch, mask.targets.unbind(1)
+        asked = {f"target {i}": blacken(image, ~block, patch) for i, block in enumerate(blocks)}
+        return {"image": image, "context": blacken(image, mask.hidden, patch), **asked}

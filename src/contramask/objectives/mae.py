@@ -6,7 +6,7 @@ arXiv:2111.06377.
 from jaxtyping import Float
 from torch import Tensor
 
-from contramask.functional.patches import patchify, unpatchify
+from contramask.functional.patches import blacken, patchify, unpatchify
 from contramask.models.decoder import TransformerDecoder
 from contramask.models.heads import BlockReader
 from contramask.objectives.objective import Feats, Objective
@@ -80,6 +80,6 @@ class MAE(Objective):
         hidden = tokens.mask.hidden[..., None]
         return {
             "image": image,
-            "masked": unpatchify(patches.where(~hidden, patches.new_zeros(())), patch, grid),
+            "masked": blacken(image, tokens.mask.hidden, patch),
             "reconstruction": unpatchify(made.where(hidden, patches), patch, grid),
         }

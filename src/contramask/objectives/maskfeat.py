@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from contramask.functional.hog import check_sizes, hog_of_patches
-from contramask.functional.patches import patchify, unpatchify
+from contramask.functional.patches import blacken
 from contramask.objectives.objective import Feats, Objective, need_fill
 from contramask.types import Batch, Loss, Pass, Spec, Step, UserError
 
@@ -71,6 +71,4 @@ class MaskFeat(Objective):
         tokens = feats[self.passes[0]]
         assert tokens.mask is not None
         image = batch["views"][self.passes[0].view].flatten(0, 1)
-        patches = patchify(image, self.spec.patch)
-        seen = patches.where(~tokens.mask.hidden[..., None], patches.new_zeros(()))
-        return {"image": image, "masked": unpatchify(seen, self.spec.patch, self.spec.grid)}
+        return {"image": image, "masked": blacken(image, tokens.mask.hidden, self.spec.patch)}

@@ -6,7 +6,7 @@ arXiv:2111.09886: SimMIM.
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from contramask.functional.patches import patchify, unpatchify
+from contramask.functional.patches import blacken, patchify, unpatchify
 from contramask.models.heads import BlockReader
 from contramask.objectives.objective import Feats, Objective, need_fill
 from contramask.types import Batch, Loss, Pass, Spec, Step
@@ -61,7 +61,7 @@ class SimMIM(Objective):
         hidden = tokens.mask.hidden[..., None]
         return {
             "image": image,
-            "masked": unpatchify(patches.where(~hidden, patches.new_zeros(())), patch, grid),
+            "masked": blacken(image, tokens.mask.hidden, patch),
             "reconstruction": unpatchify(
                 self.predict(tokens.patch).where(hidden, patches), patch, grid
             ),
