@@ -56,6 +56,27 @@ def show(rows: dict[str, list[list[float]]]) -> None:
         print(f"| {name} ({len(seeds)}) | {' | '.join(cells)} |", flush=True)
 
 
+def shards(folder: Path, images: dict[str, Any]) -> ImageShards:
+    """The clean images of a folder."""
+    train, val = (f"{folder}/{split}-*.tar" for split in ("train", "val"))
+    return ImageShards(train, val=val, images=Images(**images), batch_size=256, workers=0)
+
+
+def bank(data: ImageShards, read: Callable[[Any], tuple[Tensor, Tensor]]) -> Bank:
+    """Features and labels of both splits."""
+    parts = []
+    for split in ("train", "val"):
+        loader = data.clean_dataloader(split)
+        parts += read(data.to_device(batch, "cpu") for batch in loader)
+    return tuple(parts)
+
+
+def pixels(batches: Any) -> tuple[Tensor, Tensor]:
+    """Images as they are."""
+    found = [(b["views"]["clean"][0].flatten(1), b["label"]) for b in batches]
+    return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+
 def main() -> None:
     """Read the arguments, score, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -64,48 +85,32 @@ def main() -> None:
     parser.add_argument("--baselines", action="store_true", help="raw pixels and random init too")
     parser.add_argument("--size", type=int, default=32)
     given = parser.parse_args()
-    data = ImageShards(
-        train=f"{given.data}/train-*.tar",
-        val=f"{given.data}/val-*.tar",
-        views={},
-        images=Images(size=given.size, resize=given.size),
-        batch_size=256,
-        workers=0,
-    )
-
-    def bank(read: Callable[[Any], tuple[Tensor, Tensor]]) -> Bank:
-        parts = []
-        for split in ("train", "val"):
-            loader = data.clean_dataloader(split)
-            parts += read(data.to_device(batch, "cpu") for batch in loader)
-        return tuple(parts)
-
-    def pixels(batches: Any) -> tuple[Tensor, Tensor]:
-        found = [(b["views"]["clean"][0].flatten(1), b["label"]) for b in batches]
-        return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
-
-    raw = bank(pixels)  # (N, 3 S S)
+    plain = shards(given.data, {"size": given.size, "resize": given.size})
+    raw = bank(plain, pixels)  # (N, 3 S S)
     classes = int(raw[1].max()) + 1
     seeds = sorted({int(run.name.rsplit("_s", 1)[1]) for run in given.runs})
     table: dict[str, list[list[float]]] = defaultdict(list)
-    for seed in seeds if given.baselines else ():
-        table["raw pixels"].append(scores(raw, classes, seed) * 2)
-    backbone, _ = load_backbone(given.runs[0])
 
-    def of(backbone: Any, seed: int) -> list[float]:
-        found = []
+    def of(backbone: Any, sheet: dict[str, Any], seed: int) -> list[float]:
+        """All scores; images are normalised as the sheet of the run says."""
+        data, found = shards(given.data, sheet["data"]), []
         for source in SOURCES:
-            found += scores(bank(lambda b, s=source: extract(backbone, b, source=s)), classes, seed)
+            found += scores(
+                bank(data, lambda b, s=source: extract(backbone, b, source=s)), classes, seed
+            )
         return found
 
-    for seed in seeds if given.baselines else ():
-        torch.manual_seed(seed)
-        table["random init"].append(of(type(backbone)(**backbone.config), seed))
-    show(table)
+    if given.baselines:
+        backbone, sheet = load_backbone(given.runs[0])
+        for seed in seeds:
+            table["raw pixels"].append(scores(raw, classes, seed) * 2)
+            torch.manual_seed(seed)
+            table["random init"].append(of(type(backbone)(**backbone.config), sheet, seed))
+        show(table)
     for run in given.runs:
         name, seed = run.name.rsplit("_s", 1)
-        backbone, _ = load_backbone(run)
-        table[name].append(of(backbone, int(seed)))
+        backbone, sheet = load_backbone(run)
+        table[name].append(of(backbone, sheet, int(seed)))
         print(run.name, [round(x, 2) for x in table[name][-1]], flush=True)
     show(table)
 
