@@ -46,7 +46,7 @@ def blocks_on_arrays(random: Random, grid, total, smallest, largest, aspect) -> 
     return mask
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 10**6),
     st.tuples(st.integers(3, 9), st.integers(3, 11)),

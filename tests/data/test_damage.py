@@ -57,7 +57,7 @@ SAMPLES = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(sorted(SAMPLES)),
     places=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=6),

@@ -19,7 +19,7 @@ ORDERS = st.builds(
     streams=st.integers(1, 9),
     block=st.integers(1, 64),
 )
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 def pairs(order: Order, start: int, stop: int) -> list[tuple[int, int]]:

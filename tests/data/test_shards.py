@@ -53,7 +53,7 @@ def test_units_keep_the_order_when_the_batch_changes(index, unit):
     world=st.integers(1, 7),
     workers=st.integers(1, 4),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_resume_anywhere_with_any_layout(stream, start, world, workers):
     with pytest.MonkeyPatch.context() as patch:
         for rank in (0, world - 1):

@@ -22,7 +22,7 @@ MEMBERS = st.lists(
 
 
 @given(MEMBERS, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_scan_sees_what_tarfile_sees(tmp_path_factory, members, form):
     path = tmp_path_factory.getbasetemp() / "scan.tar"
     try:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from contramask.functional.cka import cka, gram, hsic
@@ -52,7 +52,6 @@ def test_hsic_is_unbiased():
     assert biased.mean() > 4 * biased.std() / len(found) ** 0.5
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 100))
 def test_alignment_of_the_same(seed, scale):
     x = randn(9, 6, seed=seed)

@@ -61,7 +61,7 @@ def test_predictions_are_those_of_scikit_learn():
         assert torch.equal(votes.argmax(1), p.argmax(1))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(elements=st.integers(1, 4 * N), k=st.integers(1, N))
 def test_slices_change_nothing(elements: int, k: int):
     queries, bank, y = unit(Q), unit(N, 1), labels(N)

@@ -73,7 +73,7 @@ def test_the_same_grid_is_the_same_table(method):
     assert resize_positions(table, OLD, OLD, 2, method) is table
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
