@@ -75,6 +75,14 @@ def test_resume_true_insists(tmp_path: Path) -> None:
         open_run(tmp_path, "a", CONFIG, resume=True)
 
 
+def test_every_rank_insists_and_nothing_is_made(tmp_path: Path, monkeypatch) -> None:
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match=r"there is no checkpoint in"):
+            open_run(tmp_path, "a", CONFIG, resume=True)
+    assert not (tmp_path / "a").exists()
+
+
 def test_only_damaged_checkpoints_are_no_reason_to_start_again(tmp_path: Path, caplog) -> None:
     path = checkpoint(open_run(tmp_path, "a", CONFIG), 40)
     path.write_bytes(path.read_bytes()[:-1])

@@ -105,3 +105,8 @@ def test_against_loops():
             for p in range(2):
                 expected = attention[b, h, 2:, p].mean().item()
                 assert found[3][b, h, p].item() == pytest.approx(expected)
+
+
+def test_one_head_is_like_no_other_and_not_nan():
+    found = head_similarity(maps(2, 1, 5, 5))
+    torch.testing.assert_close(found, torch.zeros(2), rtol=0, atol=1e-6)

@@ -119,9 +119,9 @@ def open_run(
         UserError: the directory belongs to another configuration, is in use, or holds nothing good.
     """
     path = root / name
+    if resume is True:
+        _need_checkpoint(path)  # on every rank: one that went on would wait for the first
     if is_first():
-        if resume is True:
-            _need_checkpoint(path)
         if resume is False and path.is_dir() and any(path.iterdir()):
             raise UserError(
                 f"run directory {path} is in use ({_contents(path)}): continue it with --resume "

@@ -72,11 +72,11 @@ def diversity(attention: Float[Tensor, "B H N N"]) -> Float[Tensor, "B H"]:
 
 
 def head_similarity(attention: Float[Tensor, "B H N N"]) -> Float[Tensor, " B"]:
-    """Mean cosine of the same query's maps in two heads."""
+    """Mean cosine of the same query's maps in two heads; 0 where there is but one head."""
     unit = torch.nn.functional.normalize(attention, dim=-1)
     heads = attention.shape[1]
     total = unit.sum(1).square().sum(-1).mean(-1)
-    return (total - heads) / (heads * (heads - 1))
+    return (total - heads) / max(heads * (heads - 1), 1)
 
 
 def to_prefix(attention: Float[Tensor, "B H T T"], prefix: int) -> Float[Tensor, "B H P"]:
