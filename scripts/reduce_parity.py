@@ -6,14 +6,19 @@ Weights and inputs are kept whole, in float32. Of large results (gradients, weig
 tables) every n-th entry is kept, with the norm and the largest entry of the whole tensor; n shares
 no factor with any side of the tensor, so every row and column is met. What follows from something
 else in the file (targets from images, the trunk of a fine-tuned model from its origin) is left out.
-The files are `torch.save` of nested dicts; the four bytes of all numbers are put in four planes,
-because exponents beside exponents compress, and packed by xz; tests/conftest.py undoes it.
+What the authors' run drew from a known seed (images, the noise by which one network differs from
+another) is drawn again: of it only the difference of the bits is kept, which is zeros where
+`torch.randn` gives what it gave. The files are `torch.save` of nested dicts; the four bytes of all
+numbers are put in four planes, because exponents beside exponents compress, and packed by xz;
+`load_reduced` undoes it.
 """
 
 import io
 import lzma
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +51,67 @@ def thin_all(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
     return {name: None if t is None else thin(t) for name, t in tensors.items()}
 
 
-def mae(full: dict[str, Any]) -> dict[str, Any]:
+@dataclass
+class Drawn:
+    """Tensors that are `base` + the sum of sigma * randn(seed), drawn one after the other."""
+
+    paths: list[tuple[str | int, ...]]  # in the order of drawing
+    noise: list[tuple[int, float]]  # seed, sigma
+    base: float | list[tuple[str | int, ...]] = 0.0
+
+    def guesses(self, tree: Any) -> Iterator[tuple[Any, str | int, Tensor]]:
+        """Each tensor's holder, its key there, and what `torch.randn` says it is."""
+        sources = [(torch.Generator().manual_seed(seed), sigma) for seed, sigma in self.noise]
+        for i, path in enumerate(self.paths):
+            holder = follow(tree, path[:-1])
+            shape = holder[path[-1]].shape
+            start = follow(tree, self.base[i]) if isinstance(self.base, list) else self.base
+            guess = sum((sigma * torch.randn(shape, generator=g) for g, sigma in sources), start)
+            yield holder, path[-1], guess
+
+    def pack(self, tree: Any) -> dict[str, Any]:
+        """Put the differences of bits in place of the tensors; what `unpack` needs beside them."""
+        norm = 0.0
+        for holder, key, guess in self.guesses(tree):
+            norm += holder[key].double().norm().item() ** 2
+            holder[key] = holder[key].contiguous().view(torch.int32) - guess.view(torch.int32)
+        return {"paths": self.paths, "noise": self.noise, "base": self.base, "norm": norm**0.5}
+
+
+def unpack(tree: Any, packed: dict[str, Any]) -> None:
+    """The tensors in place of the differences.
+
+    Raises ValueError where `torch.randn` draws other numbers than it did for the authors' run.
+    """
+    norm = 0.0
+    drawn = Drawn(packed["paths"], packed["noise"], packed["base"])
+    for holder, key, guess in drawn.guesses(tree):
+        holder[key] = (holder[key] + guess.view(torch.int32)).view(torch.float32)
+        norm += holder[key].double().norm().item() ** 2
+    if not math.isclose(norm**0.5, packed["norm"], rel_tol=1e-6):
+        raise ValueError(
+            f"torch {torch.__version__} draws other numbers from the seeds {packed['noise']} than "
+            "the run that made these tensors: set CONTRAMASK_PARITY to the folder of the full files"
+        )
+
+
+def follow(tree: Any, path: tuple[str | int, ...]) -> Any:
+    """tree[path[0]][path[1]]..."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def load_reduced(file: Path) -> dict[str, Any]:
+    """What `main` wrote."""
+    planes = np.frombuffer(lzma.decompress(file.read_bytes()), np.uint8)
+    tree = torch.load(io.BytesIO(planes.reshape(4, -1).T.tobytes()), weights_only=True)
+    for packed in tree.pop("drawn"):
+        unpack(tree, packed)
+    return tree
+
+
+def mae(full: dict[str, Any]) -> tuple[dict[str, Any], list[Drawn]]:
     """Without the random order, which the noise gives, and the fine-tuned trunks."""
     case, state = full["norm_pix"], full["state_dict"]
     finetune = {
@@ -60,7 +125,7 @@ def mae(full: dict[str, Any]) -> dict[str, Any]:
         }
         for kind, tuned in full["finetune"].items()
     }
-    return full | {
+    reduced = full | {
         "finetune": finetune,
         "norm_pix": {k: v for k, v in case.items() if k != "ids_restore"}
         | {
@@ -71,24 +136,50 @@ def mae(full: dict[str, Any]) -> dict[str, Any]:
         "sincos_224_768": thin(full["sincos_224_768"]),
         "sincos_tiny": thin(full["sincos_tiny"]),
     }
+    return reduced, [Drawn([("imgs",)], [(2, 0.9)], base=0.1)]
 
 
-def mocov3(full: dict[str, Any]) -> dict[str, Any]:
+def mocov3(full: dict[str, Any]) -> tuple[dict[str, Any], list[Drawn]]:
     """Every tensor of the start, a part of each after the step."""
-    return full | {
+    reduced = full | {
         "grads": thin_all(full["grads"]),
         "state_after": thin_all(full["state_after"]),
         "sincos_224_768": thin(full["sincos_224_768"]),
     }
+    # Both encoders began as one, and each got noise of its own.
+    learned = [
+        name.removeprefix("base_encoder.")
+        for name, value in full["state_before"].items()
+        if name.startswith("base_encoder.") and not name.endswith(("pos_embed", "tracked"))
+        if "running" not in name and value.is_floating_point()
+    ]
+    momentum, base = (
+        [("state_before", f"{net}_encoder.{name}") for name in learned]
+        for net in ("momentum", "base")
+    )
+    return reduced, [
+        Drawn([("x1",), ("x2",)], [(2, 1.0)]),
+        Drawn(momentum, [(1, -0.05), (7, 0.05)], base=base),
+    ]
 
 
-def dino(full: dict[str, Any]) -> dict[str, Any]:
+def dino(full: dict[str, Any]) -> tuple[dict[str, Any], list[Drawn]]:
     """All six steps; gradients of the first alone."""
     case = full["norm_last_true"]
     steps = [{k: v for k, v in s.items() if k != "grads_before_clip"} for s in case["steps"]]
     steps[0]["grads_before_clip"] = thin_all(case["steps"][0]["grads_before_clip"])
     ends = {name: thin_all(case[name]) for name in ("student_final", "teacher_final")}
-    return full | {"norm_last_true": case | ends | {"steps": steps}}
+    reduced = full | {"norm_last_true": case | ends | {"steps": steps}}
+    crops = [
+        ("norm_last_true", "steps", i, "crops", j)
+        for i, step in enumerate(steps)
+        for j in range(len(step["crops"]))
+    ]
+    teacher, student = (
+        [("norm_last_true", net, name) for name in case["student"]]
+        for net in ("teacher", "student")
+    )
+    return reduced, [Drawn(crops, [(2, 1.0)]), Drawn(teacher, [(9, 0.02)], base=student)]
 
 
 def compact(value: Any) -> Any:
@@ -104,9 +195,11 @@ def main(folder: Path) -> None:
     """Write `tests/parity/NAME.pt.xz` of each method and tell the sizes."""
     for reduce in (mae, mocov3, dino):
         name = reduce.__name__
-        full = torch.load(folder / f"{name}.pt", weights_only=True)
+        tree, drawn = reduce(torch.load(folder / f"{name}.pt", weights_only=True))
+        tree = compact(tree)
+        tree["drawn"] = [d.pack(tree) for d in drawn]
         file = io.BytesIO()
-        torch.save(compact(reduce(full)), file)
+        torch.save(tree, file)
         plain = file.getvalue() + bytes(-len(file.getvalue()) % 4)
         planes = np.frombuffer(plain, np.uint8).reshape(-1, 4).T
         data = lzma.compress(planes.tobytes(), preset=9 | lzma.PRESET_EXTREME)

@@ -1,14 +1,12 @@
 """The strict world of the tests: one thread, real data where it is, sizes that all differ."""
 
-import io
-import lzma
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from scripts.reduce_parity import load_reduced
 
 # No test is timed: a busy machine is no mistake.
 settings.register_profile("untimed", deadline=None)
@@ -46,16 +44,15 @@ def shared_data():
 def parity():
     """`parity("mae")`: tensors made by the authors' own code.
 
-    Of those beside the tests (scripts/reduce_parity.py), large results are thinned to {shape,
-    stride, values, norm, max}; others are files too large for a repository, or a skip says why.
+    Beside the tests lie reduced copies (scripts/reduce_parity.py), whose large results are thinned
+    to {shape, stride, values, norm, max}. The full files are read where CONTRAMASK_PARITY names
+    their folder, and where there is no reduced copy; a skip says so where there is neither.
     """
 
     def load(name: str) -> dict:
         reduced = REPO / "tests" / "parity" / f"{name}.pt.xz"
-        if reduced.is_file():
-            planes = np.frombuffer(lzma.decompress(reduced.read_bytes()), np.uint8)
-            plain = planes.reshape(4, -1).T.tobytes()
-            return torch.load(io.BytesIO(plain), weights_only=True)
+        if reduced.is_file() and "CONTRAMASK_PARITY" not in os.environ:
+            return load_reduced(reduced)
         root = Path(os.environ.get("CONTRAMASK_PARITY", REPO.parent / "shared" / "parity"))
         path = root / f"{name}.pt"
         if not path.is_file():

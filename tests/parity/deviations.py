@@ -42,8 +42,16 @@ def deviation(found: Any, expected: Any, measure: str) -> float:
         worst = _worst(entries, expected["values"].double(), measure, scale)
         return max(worst, norm / (scale if measure == "of_max" else 1.0) if norm else 0.0)
     expected = torch.as_tensor(expected).double()
+    # Authors keep leading axes of one (class token, positions); ours are without.
+    found, expected = _without_leading_ones(found), _without_leading_ones(expected)
     assert found.shape == expected.shape, f"{found.shape} and {expected.shape}"
     return _worst(found, expected, measure, expected.abs().max().item())
+
+
+def _without_leading_ones(tensor: Tensor) -> Tensor:
+    while tensor.ndim > 1 and len(tensor) == 1:
+        tensor = tensor[0]
+    return tensor
 
 
 def _worst(found: Tensor, expected: Tensor, measure: str, scale: float) -> float:
