@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "contramask"
 ROOMS = [
     "__version__", "errors", "types", "schedule", "distributed", "functional", "optim",
     "models", "masks", "data",
-    "objectives", "probes",
+    "objectives", "probes", "analysis",
     "checkpoints", "tracking", "report", "training", "callbacks",
     "cli", "__main__",
 ]  # fmt: skip
@@ -27,6 +27,7 @@ STRANGERS = {
     ("data", "models"), ("data", "masks"), ("data", "optim"),
     ("objectives", "data"), ("objectives", "optim"), ("objectives", "masks"),
     ("probes", "data"), ("probes", "objectives"), ("probes", "masks"),
+    ("analysis", "data"), ("analysis", "objectives"), ("analysis", "masks"),
     ("tracking", "models"), ("tracking", "objectives"), ("tracking", "data"),
     ("report", "tracking"), ("report", "data"),
 }  # fmt: skip
