@@ -44,7 +44,7 @@ class Study:
         self.readings.setdefault(who, {}).update(by_name(list(readings)))
 
     def get(self, name: str, *who: str) -> Reading | None:
-        """A reading of a model or a pair; of (a, b) also as it was taken of (b, a), if symmetric."""
+        """A reading of a model or of a pair, in the order it was taken."""
         return self.readings.get(who, {}).get(name)
 
     def having(self, name: str) -> dict[str, Reading]:

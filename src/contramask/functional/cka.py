@@ -40,6 +40,21 @@ def hsic(k: Float[Tensor, "L n n"], l: Float[Tensor, "M n n"]) -> Float[Tensor, 
     return (trace + mean - 2 / (n - 2) * rows[0] @ rows[1].T) / (n * (n - 3))
 
 
+def hsic_of_pairs(k: Float[Tensor, "L n n"], l: Float[Tensor, "L n n"]) -> Float[Tensor, " L"]:
+    """`hsic` of each Gram matrix of one set with the one at its place in another.
+
+    Args:
+        k: Gram matrices over n images, n > 3.
+        l: as many, of the same images.
+    """
+    n = k.shape[-1]
+    k, l = (x - torch.diag_embed(x.diagonal(dim1=1, dim2=2)) for x in (k, l))
+    rows = k.sum(2), l.sum(2)
+    mean = rows[0].sum(1) * rows[1].sum(1) / ((n - 1) * (n - 2))
+    trace = (k * l).sum((1, 2))
+    return (trace + mean - 2 / (n - 2) * (rows[0] * rows[1]).sum(1)) / (n * (n - 3))
+
+
 def cka(
     cross: Float[Tensor, "L M"], own: Float[Tensor, " L"], other: Float[Tensor, " M"]
 ) -> tuple[Float[Tensor, "L M"], Bool[Tensor, "L M"]]:

@@ -24,6 +24,14 @@ class Backbone(nn.Module, ABC):
         """`name` and `arguments` of `timm.create_model` for the same network, if timm has it."""
         return None
 
+    def sites(self) -> dict[str, nn.Module]:
+        """Modules whose input and output analyses may read, by names such as `blocks.3.mlp`."""
+        return {name: module for name, module in self.named_modules() if name}
+
+    def attentions(self) -> list[nn.Module]:
+        """The attention of every block, in a form that `attend` takes; empty: it has none."""
+        return []
+
     @abstractmethod
     def forward(
         self,

@@ -17,21 +17,10 @@ from contramask.models.backbone import Backbone
 from contramask.models.drop_path import DropPaths, set_drop_paths
 from contramask.models.initialise import INITIALISE, Init
 from contramask.models.positions import Interpolation, RelativeBias, resize_positions
+from contramask.models.refused import refuse
 from contramask.types import Mask, Spec, Tokens, UserError
 
 Positions = Literal["learned", "sincos", "sincos_rows_first", "relative", "relative_per_block"]
-
-# What timm would take and the forward here, the sizes or DDP would not, and what to do instead.
-ELSEWHERE = {
-    "img_size": "set model.backbone.init_args.img_size",
-    "patch_size": "set model.backbone.init_args.patch_size",
-    "pos_embed": "set model.backbone.init_args.positions",
-    "dynamic_img_size": "crops of other sizes are taken without it",
-    "dynamic_img_pad": "set crops of whole patches at data.views",
-    "patch_drop_rate": "set a mask that drops patches at model.masks",
-    "num_classes": "heads belong to objectives and probes",
-    "in_chans": "images have three channels",
-}
 
 
 def transformer_blocks(dim: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> nn.Sequential:
@@ -90,7 +79,7 @@ class VisionTransformer(Backbone):
             "drop_path": drop_path,
             "timm": dict(timm or {}),
         }
-        _refuse(self.config["timm"])
+        refuse(self.config["timm"])
         self.vit = _create(name, self.timm_arguments())
         rate = self.config["timm"].get("drop_path_rate", 0.0)
         set_drop_paths(self.vit.blocks, drop_path, rate, uniform=DropPath)
@@ -118,6 +107,12 @@ class VisionTransformer(Backbone):
         if self.bias is not None:
             return None  # timm's plain ViT has no relative positions
         return {"name": self.config["name"], "arguments": self.timm_arguments()}
+
+    def sites(self) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.vit.named_modules() if name}
+
+    def attentions(self) -> list[nn.Module]:
+        return [block.get_submodule("attn") for block in self.vit.blocks]
 
     def forward(
         self,
@@ -190,18 +185,6 @@ class VisionTransformer(Backbone):
         assert vit.pos_embed is not None
         vit.pos_embed.copy_(torch.cat([table.new_zeros(count, self.spec.dim), table])[None])
         vit.pos_embed.requires_grad_(False)
-
-
-def _refuse(arguments: dict[str, Any]) -> None:
-    for key in arguments:
-        if key in ELSEWHERE:
-            raise UserError(f"timm: {key} cannot be given here: {ELSEWHERE[key]}")
-    pool = arguments.get("global_pool", "token")
-    if pool not in ("token", ""):
-        raise UserError(
-            f"timm: global_pool is {pool!r}; tokens are pooled by those who read them: leave it "
-            "out, or '' for models without class token; set model.backbone.init_args.timm"
-        )
 
 
 def _create(name: str, arguments: dict[str, Any]) -> TimmViT:

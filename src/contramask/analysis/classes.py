@@ -1,0 +1,103 @@
+"""Where in depth classes can be read: nearest neighbours and ridge regression, block by block.
+
+Both predict each probe image from all the others, so that no second set of images is needed.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from contramask.analysis.analysis import Analysis, Seen, Tap, interval
+from contramask.analysis.pooled import features_of, pooled_taps, stack
+from contramask.analysis.reading import Reading
+from contramask.functional.leave_one_out import leave_one_out_votes
+from contramask.functional.ridge import leave_one_out_ridge
+from contramask.types import Spec
+
+log = logging.getLogger(__name__)
+
+K = 20  # neighbours; DINO's protocol (arXiv:2104.14294)
+
+
+class Predictions(NamedTuple):
+    """What is predicted of each image from the final feature, to be compared between models."""
+
+    scores: Float[Tensor, "N C"]
+    label: Int[Tensor, " N"]
+
+
+class Classes(Analysis):
+    """Accuracy of a 20-NN vote and of ridge regression at every depth, each image left out once.
+
+    Memory: 8 D bytes for each image and depth (class token and mean of patches).
+
+    Attributes:
+        predictions: of ridge regression from the final feature, the class token if there is one;
+            None without labels.
+
+    Args:
+        images: the most images that are looked at.
+        replicates: see `Analysis`.
+    """
+
+    def __init__(self, *, images: int | None = 1024, replicates: int = 0):
+        super().__init__(replicates=replicates)
+        self.images = images
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("label", [], dist_reduce_fx="cat")
+        self.add_state("weights", [], dist_reduce_fx="cat")
+        self.predictions: Predictions | None = None
+        self._layers: tuple[str, ...] = ()
+
+    def taps(self, spec: Spec) -> Mapping[str, Tap]:
+        return pooled_taps(spec)
+
+    def update(self, seen: Seen) -> None:
+        pooled, self._layers = stack(seen.found)
+        lists: Any = self
+        lists.features.append(pooled)
+        lists.label.append(seen.label)
+        lists.weights.append(seen.weights)
+
+    def readings(self) -> list[Reading]:
+        features, label, weights = (
+            _joined(getattr(self, n)) for n in ("features", "label", "weights")
+        )
+        known = (label >= 0) & features.isfinite().flatten(1).all(1)
+        features, label, weights = features[known], label[known], weights[known].to(features.device)
+        if len(label) < 2:
+            log.warning("analysis: images have no labels; classes are left out")
+            return []
+        count = int(label.max()) + 1
+        k = min(K, len(label) - 1)
+        depths = features.permute(1, 2, 0, 3)
+        ridge = leave_one_out_ridge(depths, label, count)
+        votes = torch.stack(
+            [
+                leave_one_out_votes(normalize(x, dim=-1), label, ks=(k,), classes=count)[k]
+                for x in depths.flatten(0, 1)
+            ]
+        ).unflatten(0, depths.shape[:2])
+        self.predictions = Predictions(ridge.scores[0, -1].cpu(), label.cpu())
+        axes = {"feature": features_of(features.shape[1] - 1), "layer": self._layers}
+        found = []
+        for name, scores, about in (
+            ("class/knn", votes, f"accuracy of {k}-NN from the other probe images"),
+            ("class/ridge", ridge.scores, "accuracy of ridge regression from the other images"),
+        ):
+            right = (scores.argmax(-1) == label).double()  # (F, L, N)
+            total = weights.sum(0)
+            rates = torch.einsum("nr,fln->rfl", weights, right) / total[:, None, None].clamp(min=1)
+            value, low, high = interval(rates)
+            about = f"{about}, {len(label)} images of {len(label.unique())} classes"
+            found.append(Reading(name, axes, value, "", about, low, high))
+        return found
+
+
+def _joined(parts: list[Tensor] | Tensor) -> Tensor:
+    return torch.cat(parts) if isinstance(parts, list) else parts
