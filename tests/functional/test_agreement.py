@@ -119,6 +119,16 @@ def test_where_there_is_no_order_there_is_no_tau():
     assert not kendall(a, a, 1, of="class_ids")[1].any()
 
 
+def test_of_equal_scores_the_lower_class_is_the_better():
+    """As of votes, which most classes have none of: 470, 0, 1 against 0, 1, 2."""
+    a, b = torch.zeros(1, 500), torch.zeros(1, 500)
+    a[0, 470] = b[0, 0] = 1
+    value, _ = kendall(a, b, 3)  # of 0, 1, 2, 470
+    assert value.item() == pytest.approx(kendalltau([0, 0, 0, 1], [1, 0, 0, 0]).statistic)
+    value, _ = kendall(a, b, 3, of="class_ids")
+    assert value.item() == pytest.approx(kendalltau([470, 0, 1], [0, 1, 2]).statistic)
+
+
 def test_infinite_scores_have_an_order():
     a = torch.tensor([[1.0, -torch.inf, torch.inf, 0.0]])
     assert kendall(a, torch.tensor([[3.0, 1.0, 4.0, 2.0]]), 4)[0].item() == pytest.approx(1)

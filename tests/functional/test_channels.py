@@ -21,6 +21,12 @@ def test_a_known_profile():
     assert top_channels(variance, 0).shape == (2, 0)
 
 
+def test_of_equal_channels_the_first_are_taken():
+    variance = torch.ones(500)
+    variance[70] = 2
+    assert top_channels(variance, 4).tolist() == [70, 0, 1, 2]
+
+
 def test_loud_channels_of_features_are_found():
     loud = torch.tensor([2, 17, 5])
     scale = torch.ones(20)

@@ -117,6 +117,17 @@ def test_constant_features_leave_the_shares_of_the_other_rows(value, dim):
     assert found.accuracy.eq(4 / 7).all()
 
 
+@pytest.mark.parametrize("rows", [10, 41, 100])
+def test_rounding_of_the_mean_is_no_feature(rows):
+    """The mean of equal numbers may be off by a digit, which a relative penalty would see."""
+    y = torch.arange(rows) % 3
+    x = (torch.arange(1, 30).double() / 7).expand(rows, 29)
+    assert not torch.equal(x.mean(0), x[0])
+    found = leave_one_out_ridge(x, y, 3, (1e-4,)).scores
+    expected = [[(np.delete(y.numpy(), i) == c).mean() for c in range(3)] for i in range(rows)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 def test_without_information_classes_of_equal_size_are_never_right():
     found = leave_one_out_ridge(torch.ones(8, 3), torch.arange(8) % 2, 2)
     assert found.accuracy.eq(0).all()
