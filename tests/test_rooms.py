@@ -38,6 +38,7 @@ LIGHTNING = ("training/", "callbacks/", "tracking/", "checkpoints/", "data/modul
 DOORS: dict[str, tuple[str, ...]] = {
     "timm": ("models/vit.py",),
     "scipy": ("models/positions.py",),
+    "sklearn": ("analysis/plane.py",),
     "webdataset": ("data/shards.py",),
     "wandb": ("tracking/wandb.py",),
     "matplotlib": ("report/",),

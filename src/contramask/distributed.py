@@ -1,18 +1,39 @@
 """Ranks: each function does nothing when alone, so nobody asks whether training is distributed."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """One rank does something by itself: inside, there are no others to wait for."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def world() -> int:
     """The number of ranks."""
+    if _alone.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this rank, from 0."""
+    if _alone.get():
+        return 0
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

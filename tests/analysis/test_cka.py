@@ -91,7 +91,8 @@ def test_a_network_with_itself():
 
 
 def stack_of(features: torch.Tensor) -> GramStack:
-    return GramStack("flat/raw", ("block_00",), grams(features, N)[:, None])
+    table = grams(features, N)[:, None]
+    return GramStack("flat/raw", ("block_00",), table, tuple(range(len(table))))
 
 
 def test_what_changes_nothing():

@@ -4,6 +4,7 @@ A `torchmetrics.Metric`, so its sums are gathered over ranks; the same object se
 during training and the command over checkpoints.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -44,6 +45,8 @@ class Seen(NamedTuple):
     label: Int[Tensor, " B"]  # -1 where unknown
     weights: Float[Tensor, "B R"]  # of each image in the sample (column 0) and its replicates
     spec: Spec
+    images: Float[Tensor, "B 3 H W"]  # normalised
+    keys: tuple[str, ...]  # the samples' names
 
 
 class Result:
@@ -163,8 +166,8 @@ def interval(table: Float[Tensor, "R ..."]) -> tuple[Tensor, Tensor | None, Tens
     return table[0], ends[0], ends[1]
 
 
-def share(images: int | None, rank: int, world: int) -> int | None:
+def share(images: int | None, rank: int, world: int) -> float:
     """How many of so many images over all ranks are this rank's."""
     if images is not None and images < 1:
         raise UserError(f"analysis: images is {images}; allowed is at least 1; set images")
-    return None if images is None else len(range(rank, images, world))
+    return math.inf if images is None else float(len(range(rank, images, world)))

@@ -38,10 +38,12 @@ def compare(
     Raises:
         UserError: if they are not of the same minibatches, or were taken in different ways.
     """
-    if a.name != b.name or a.table.shape[0] != b.table.shape[0]:
+    if a.name != b.name or a.keys != b.keys:
+        shared = len(set(a.keys) & set(b.keys))
         raise UserError(
-            f"cka: one side is {a.name} over {len(a.table)} minibatches, the other {b.name} over "
-            f"{len(b.table)}; take both in the same way from the same images"
+            f"cka: one side is {a.name} over {len(a.keys)} minibatches, the other {b.name} over "
+            f"{len(b.keys)}, of which {shared} are the same; take both in the same way from the "
+            "same images"
         )
     sums = _sums(a.table, b.table, replicates, via)
     value, missing = zip(*(cka(*parts) for parts in sums), strict=True)

@@ -68,35 +68,43 @@ class Classes(Analysis):
         features, label, weights = (
             _joined(getattr(self, n)) for n in ("features", "label", "weights")
         )
-        known = (label >= 0) & features.isfinite().flatten(1).all(1)
+        known = label >= 0
         features, label, weights = features[known], label[known], weights[known].to(features.device)
         if len(label) < 2:
             log.warning("analysis: images have no labels; classes are left out")
             return []
-        count = int(label.max()) + 1
-        k = min(K, len(label) - 1)
-        depths = features.permute(1, 2, 0, 3)
-        ridge = leave_one_out_ridge(depths, label, count)
-        votes = torch.stack(
-            [
-                leave_one_out_votes(normalize(x, dim=-1), label, ks=(k,), classes=count)[k]
-                for x in depths.flatten(0, 1)
-            ]
-        ).unflatten(0, depths.shape[:2])
-        self.predictions = Predictions(ridge.scores[0, -1].cpu(), label.cpu())
-        axes = {"feature": features_of(features.shape[1] - 1), "layer": self._layers}
+        depths = features.permute(1, 2, 0, 3)  # (F, L, N, D)
+        # A depth that is not finite says nothing; LAPACK would refuse it together with all others.
+        broken = ~depths.isfinite().all(-1).all(-1)
+        depths = depths.masked_fill(broken[..., None, None], 0.0)
+        k, scores = min(K, len(label) - 1), _scores(depths, label)
+        if not broken[0, -1]:
+            self.predictions = Predictions(scores["ridge"][0, -1].cpu(), label.cpu())
+        axes = {"feature": features_of(len(depths) - 1), "layer": self._layers}
+        whom = f"from the other {len(label) - 1} images, {len(label.unique())} classes"
+        abouts = {"knn": f"accuracy of {k}-NN", "ridge": "accuracy of ridge regression"}
         found = []
-        for name, scores, about in (
-            ("class/knn", votes, f"accuracy of {k}-NN from the other probe images"),
-            ("class/ridge", ridge.scores, "accuracy of ridge regression from the other images"),
-        ):
-            right = (scores.argmax(-1) == label).double()  # (F, L, N)
-            total = weights.sum(0)
-            rates = torch.einsum("nr,fln->rfl", weights, right) / total[:, None, None].clamp(min=1)
-            value, low, high = interval(rates)
-            about = f"{about}, {len(label)} images of {len(label.unique())} classes"
-            found.append(Reading(name, axes, value, "", about, low, high))
+        for name, table in scores.items():
+            right = (table.argmax(-1) == label).double()  # (F, L, N)
+            total = weights.sum(0)[:, None, None].clamp(min=1)
+            value, low, high = interval(torch.einsum("nr,fln->rfl", weights, right) / total)
+            about = f"{abouts[name]} {whom}"
+            reading = Reading(f"class/{name}", axes, value, "", about, low, high, missing=broken)
+            found.append(reading)
         return found
+
+
+def _scores(depths: Float[Tensor, "F L N D"], label: Int[Tensor, " N"]) -> dict[str, Tensor]:
+    """Of each image by all the others: (F, L, N, C)."""
+    classes, k = int(label.max()) + 1, min(K, len(label) - 1)
+    votes = [
+        leave_one_out_votes(normalize(x, dim=-1), label, ks=(k,), classes=classes)[k]
+        for x in depths.flatten(0, 1)
+    ]
+    return {
+        "knn": torch.stack(votes).unflatten(0, depths.shape[:2]),
+        "ridge": leave_one_out_ridge(depths, label, classes).scores,
+    }
 
 
 def _joined(parts: list[Tensor] | Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """How features fill their space: ranks, spectra, spread, and channels that hold the variance."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -74,12 +73,9 @@ class Geometry(Analysis):
     def update(self, seen: Seen) -> None:
         pooled, self._layers = stack(seen.found)  # (B, F, L, D)
         self._features = features_of(pooled.shape[1] - 1)
-        self.add_moments("pooled", Moments.of(pooled.permute(1, 2, 0, 3)))
-        rows = pooled.permute(1, 2, 0, 3).flatten(0, 1)  # (F L, B, D)
-        shape = pooled.shape[1:3]
-        pairs = torch.stack([uniformity_sums(x) for x in rows]).view(*shape, 2)
-        units = torch.stack([unit_sums(x) for x in rows]).view(*shape, 3, -1)
-        for name, value in (("pairs", pairs), ("units", units)):
+        rows = pooled.permute(1, 2, 0, 3)  # (F, L, B, D)
+        self.add_moments("pooled", Moments.of(rows))
+        for name, value in (("pairs", uniformity_sums(rows)), ("units", unit_sums(rows))):
             if name not in self._defaults:
                 self.add_sum(name, torch.zeros_like(value))
             setattr(self, name, getattr(self, name) + value)
@@ -102,16 +98,17 @@ class Geometry(Analysis):
         dim = variance.shape[-1]
         k = min(dim, int(pooled.count))
         spectrum = log_spectrum(pooled.covariance()[-1], k)  # of the mean of patches
-        kept = top_channels(variance[-1], min(KEPT, dim // 4))
+        kept = top_channels(variance[-1], min(KEPT, dim // 4)).double()
+        kept = kept.where(variance[-1].isfinite().all(), torch.nan)
         table = {
             "repr/rankme": ({}, ranks[0, -1]),
             "repr/effective_rank": (axes, ranks),
-            "repr/std": (axes, _each(feature_std, units, 2)),
-            "repr/uniformity": (axes, _each(uniformity, pairs, 1)),
+            "repr/std": (axes, feature_std(units)),
+            "repr/uniformity": (axes, uniformity(pairs)),
             "repr/spectrum_image": (depth | {"index": _numbers(k)}, spectrum),
             "repr/channel_variance": (depth | {"rank": _numbers(dim)}, profile(variance)),
             "repr/variance_top10": (depth, top_share(variance, min(TOP, dim))),
-            "repr/top_channels": ({"rank": _numbers(len(kept))}, kept.double()),
+            "repr/top_channels": ({"rank": _numbers(len(kept))}, kept),
         }
         return [Reading(name, *entry, about=ABOUT[name]) for name, entry in table.items()]
 
@@ -143,13 +140,6 @@ class TokenSpectrum(Analysis):
         axes = {"layer": self.layers["blocks"], "index": _numbers(value.shape[1])}
         about = "log singular values of the covariance of an image's tokens (arXiv:2305.00729)"
         return [Reading("repr/spectrum_token", axes, value, "", about, low, high)]
-
-
-def _each(read: Any, sums: Tensor, inner: int) -> Tensor:
-    """`read` of every entry along the outer axes."""
-    outer = sums.shape[: sums.ndim - inner]
-    flat = sums.reshape(-1, *sums.shape[sums.ndim - inner :])
-    return torch.stack([read(x) for x in flat]).view(outer)
 
 
 def _numbers(count: int) -> tuple[str, ...]:

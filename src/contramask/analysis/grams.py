@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contramask.analysis.analysis import Analysis, Seen, Tap
 from contramask.analysis.reading import Reading
-from contramask.types import Spec, UserError
+from contramask.types import Spec, UserError, fold
 
 # The nine places in a block of Shekhar et al., 2023 (arXiv:2304.13089), in the order of the paper.
 SUBLAYERS = (
@@ -64,6 +64,7 @@ class Grams(Analysis):
         self.sublayers, self.batch, self.images = sublayers, batch, images
         self.stacks: list[Tensor] = []
         self.labels: tuple[str, ...] = ()
+        self.keys: list[int] = []
 
     @property
     def name(self) -> str:
@@ -89,10 +90,12 @@ class Grams(Analysis):
         self.labels = tuple(name for name, _ in ordered)
         table = torch.stack([gram for _, gram in ordered], 1)  # (G, L, n, n)
         self.stacks += list(table.cpu())
+        groups = range(0, len(table) * self.batch, self.batch)
+        self.keys += [fold(*seen.keys[i : i + self.batch]) for i in groups]
 
     def reset(self) -> None:
         super().reset()
-        self.stacks, self.labels = [], ()
+        self.stacks, self.labels, self.keys = [], (), []
 
     def readings(self) -> list[Reading]:
         """Nothing: CKA is of two, see `cka.compare`."""
@@ -105,7 +108,7 @@ class Grams(Analysis):
                 f"cka: there are fewer images than a minibatch of {self.batch} in every batch; "
                 "give more images, a larger data.batch_size, or a smaller minibatch"
             )
-        return GramStack(self.name, self.labels, torch.stack(self.stacks))
+        return GramStack(self.name, self.labels, torch.stack(self.stacks), tuple(self.keys))
 
     def _pool(self, tokens: Tensor, spec: Spec) -> Float[Tensor, "B T C"]:
         prefix = tokens.shape[1] - spec.patches
@@ -132,6 +135,7 @@ class GramStack(NamedTuple):
     name: str  # how they were taken, e.g. `flat/raw`
     labels: tuple[str, ...]  # of the layers
     table: Float[Tensor, "G L n n"]
+    keys: tuple[int, ...]  # which images each minibatch holds, as one number
 
 
 def grams(features: Float[Tensor, "B T C"], n: int) -> Float[Tensor, "G n n"]:

@@ -81,7 +81,7 @@ class Invariance(Analysis):
             assert value is not None
             found.append(Reading(name, axes, value, "", about, low, high))
         ranks = [
-            lidar(*(self.moments(f"{name}_{part}") for part in ("between", "within")))
+            lidar(self.moments(f"{name}_between"), self.moments(f"{name}_within"))
             for name in self._features
         ]
         about = f"LiDAR of final features, {self.crops} crops of an image (arXiv:2312.04000)"

@@ -68,7 +68,8 @@ def targets(backbone: Backbone, tap: Tap) -> dict[str, nn.Module]:
                 f"analysis: {type(backbone).__name__} has no attention to read; leave attention "
                 "out of --analyses"
             )
-        return {f"block_{i:02d}": module for i, module in enumerate(blocks)}
+        named = {f"block_{i:02d}": module for i, module in enumerate(blocks)}
+        return {n: m for n, m in named.items() if fnmatch.fnmatchcase(n, tap.pattern)}
     sites = backbone.sites()
     chosen = {label(n): m for n, m in sites.items() if matches(n, tap.pattern)}
     if not chosen:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def analyse(
     analyses: Mapping[str, Analysis],
     *,
     autocast: bool = False,
+    chunk: int = 64,
 ) -> Analysed:
     """Run all analyses over the same forward passes.
 
@@ -60,6 +61,7 @@ def analyse(
         batches: normalised images, or batches with a view `clean` of one crop.
         analyses: by name; what they have gathered before is forgotten.
         autocast: forward in bfloat16 where that is safe.
+        chunk: images at once; bounds the memory, whatever the length of batches.
 
     Raises:
         UserError: no images; an analysis that does not fit the backbone.
@@ -69,12 +71,12 @@ def analyse(
     for analysis in analyses.values():
         analysis.reset()
         analysis.to(device)
+        analysis.sync_on_compute = world() > 1
     quotas = {name: share(a.images, rank(), world()) for name, a in analyses.items()}
     replicates = max((a.replicates for a in analyses.values()), default=0)
     with frozen(backbone):
-        for batch in batches:
-            images, label, keys = _unpack(batch, seen, device)
-            wanted = {n: a for n, a in analyses.items() if quotas[n] is None or seen < quotas[n]}
+        for images, label, keys in _chunks(batches, chunk, device):
+            wanted = {n: a for n, a in analyses.items() if seen < quotas[n]}
             if not wanted:
                 break
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -82,9 +84,8 @@ def analyse(
             weights = sample_weights(keys, replicates).to(device)
             for name, analysis in wanted.items():
                 broken |= dict.fromkeys(_not_finite(found[name]))
-                analysis.update(
-                    Seen(found[name], label, weights[:, : 1 + analysis.replicates], spec)
-                )
+                mine = weights[:, : 1 + analysis.replicates]
+                analysis.update(Seen(found[name], label, mine, spec, images, tuple(keys)))
             seen += len(images)
     counts = gather(torch.tensor([seen], device=device)).tolist()
     if not min(counts):
@@ -96,6 +97,18 @@ def analyse(
         log.warning("analysis: activations of %s are not finite; it has no numbers", layer)
     readings = [r for analysis in analyses.values() for r in analysis.compute().readings]
     return Analysed(by_name(readings), sum(counts), time.perf_counter() - start, list(broken))
+
+
+def fits(backbone: Backbone, analysis: Analysis, size: int) -> None:
+    """Try the taps of an analysis on a blank image of this size.
+
+    Raises:
+        UserError: if it does not fit this backbone.
+    """
+    device = next(backbone.parameters()).device
+    image = torch.zeros(1, 3, size, size, device=device)
+    with frozen(backbone):
+        _forward(backbone, {"": analysis}, image, ["blank"])
 
 
 def sample_weights(keys: Sequence[str], replicates: int) -> Float[Tensor, "B R"]:
@@ -111,16 +124,25 @@ def sample_weights(keys: Sequence[str], replicates: int) -> Float[Tensor, "B R"]
     return weights
 
 
-def _unpack(batch: Any, seen: int, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
-    if isinstance(batch, Tensor):
-        label = torch.full((len(batch),), -1, device=device)
-        first = seen * world() + rank()
-        keys = [f"image {first + i * world()}" for i in range(len(batch))]
-        return batch.to(device), label, keys
-    images = batch["views"][CLEAN]
-    assert len(images) == 1, f"the view {CLEAN!r} has {len(images)} crops, not one"
-    keys = batch.get("keys") or [f"image {batch['position'] + i}" for i in range(images.shape[1])]
-    return images[0].to(device), batch["label"].to(device), list(keys)
+def _chunks(
+    batches: Iterable[Any], size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Images, labels and keys, a few at a time."""
+    seen = 0
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            images, label = batch, torch.full((len(batch),), -1)
+            keys = [f"image {(seen + i) * world() + rank()}" for i in range(len(batch))]
+        else:
+            images, label = batch["views"][CLEAN], batch["label"]
+            assert len(images) == 1, f"the view {CLEAN!r} has {len(images)} crops, not one"
+            images = images[0]
+            place = [f"image {batch['position'] + i}" for i in range(len(images))]
+            keys = batch.get("keys") or place
+        for i in range(0, len(images), size):
+            here = slice(i, i + size)
+            yield images[here].to(device), label[here].to(device), list(keys[here])
+        seen += len(images)
 
 
 def _forward(

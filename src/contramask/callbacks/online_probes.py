@@ -72,10 +72,10 @@ class OnlineProbes(pl.Callback):
         self._seen, self._off = 0, False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _network(pl_module, self.net)  # a misspelt wish is told before the first step
+        network(pl_module, self.net)  # a misspelt wish is told before the first step
         try:
             with undisturbed(pl_module.device):
-                _clean_data(trainer).clean_dataloader("val", limit=1)
+                clean_data(trainer).clean_dataloader("val", limit=1)
         except UserError as error:
             log.warning("online probes are off: %s", error)
             self._off = True
@@ -100,7 +100,7 @@ class OnlineProbes(pl.Callback):
             return
         start = time.perf_counter()
         with undisturbed(pl_module.device):
-            rows = self._read(trainer, _network(pl_module, self.net))
+            rows = self._read(trainer, network(pl_module, self.net))
             try:
                 values = self._score(rows)
             except UserError as error:  # of what all ranks know together: on all or on none
@@ -112,7 +112,7 @@ class OnlineProbes(pl.Callback):
     def _read(self, trainer: pl.Trainer, backbone: Backbone) -> TrainAndVal:
         """Features of both splits."""
         rows = TrainAndVal(backbone, source=self.source, autocast=self.autocast)
-        data = _clean_data(trainer)
+        data = clean_data(trainer)
         with frozen(backbone):
             for index, (split, limit) in enumerate(zip(SPLITS, self.limits, strict=True)):
                 for batch in data.clean_dataloader(split, limit=limit):
@@ -165,7 +165,7 @@ def undisturbed(device: torch.device) -> Generator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _clean_data(trainer: pl.Trainer) -> CleanData:
+def clean_data(trainer: pl.Trainer) -> CleanData:
     data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(data, CleanData):
         raise UserError(
@@ -175,7 +175,7 @@ def _clean_data(trainer: pl.Trainer) -> CleanData:
     return data
 
 
-def _network(pl_module: pl.LightningModule, net: str) -> Backbone:
+def network(pl_module: pl.LightningModule, net: str) -> Backbone:
     """The student's or the teacher's backbone, the module itself, not its compiled forward."""
     path = {"student": "backbone", "teacher": "teacher.module"}[net]
     try:

@@ -15,6 +15,8 @@ VERBS = {
     "pack": ("pack", "images to WebDataset shards with an index; check shards"),
     "pretrain": ("pretrain", "train a ViT by contrastive, masked or hybrid objectives"),
     "probe": ("probe", "linear and k-NN accuracy of a run's frozen features"),
+    "analyze": ("analyze", "CKA, attention, spectra, classes by depth of a model: a report"),
+    "compare": ("compare", "the same of several models, and what they have in common"),
     "convert": ("convert", "weights of others into a backbone, and ours for timm or ONNX"),
     "tokenizer": ("tokenizer", "fit the visual words that BEiT predicts"),
     "doctor": ("doctor", "versions, devices, cluster, data: what is there and what is wrong"),

@@ -88,13 +88,15 @@ def lidar(between: Moments, within: Moments, delta: float = 1e-4) -> Float[Tenso
     left out here, where a share of 0 has entropy 0.
 
     Degenerate input: with one view Sw is `delta` and the value is the rank of Sb; where all images
-    are one, or there are none, it is 1.
+    are one, or there are none, it is 1. NaN if a view is not finite.
 
     Args:
         between: the first of `view_moments`.
         within: the second.
         delta: of every eigenvalue of Sw, above 0.
     """
+    if not (within.scatter.isfinite().all() and between.scatter.isfinite().all()):
+        return within.scatter.new_tensor(torch.nan)  # LAPACK would refuse it
     values, axes = torch.linalg.eigh(within.covariance())
     whiten = axes * (values.clamp(min=0) + delta).rsqrt()
     found = torch.linalg.eigvalsh(whiten.mT @ between.covariance() @ whiten)

@@ -109,9 +109,14 @@ def token_spectrum(tokens: Float[Tensor, "B N C"], k: int) -> Float[Tensor, "B k
 
 
 def _eigenvalues(matrix: Float[Tensor, "*L D D"]) -> Float[Tensor, "*L D"]:
-    """Of a symmetric matrix without negative ones: largest first, rounding set to 0."""
-    values = torch.linalg.eigvalsh(matrix.double()).flip(-1)
-    return values.where(values > FLOOR * values[..., :1], 0.0)
+    """Of a symmetric matrix without negative ones: largest first, rounding set to 0.
+
+    NaN for a matrix that is not finite; LAPACK would refuse it together with all others.
+    """
+    finite = matrix.isfinite().all(-1).all(-1)[..., None]
+    values = torch.linalg.eigvalsh(matrix.double().where(finite[..., None], 0.0)).flip(-1)
+    values = values.where(values > FLOOR * values[..., :1], 0.0)
+    return values.masked_fill(~finite, torch.nan)
 
 
 def _relative_logs(values: Float[Tensor, "*L D"], k: int) -> Float[Tensor, "*L k"]:

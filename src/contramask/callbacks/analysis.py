@@ -1,0 +1,205 @@
+"""Analyses while training goes on: the same images every time, the weights as they are."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+
+from contramask.analysis.grams import Grams, GramStack
+from contramask.analysis.over_time import Course
+from contramask.analysis.reading import Reading
+from contramask.analysis.run import Analysed, analyse
+from contramask.analysis.suite import Settings, suite
+from contramask.callbacks.online_probes import clean_data, network, undisturbed
+from contramask.checkpoints.export import load_backbone
+from contramask.distributed import alone
+from contramask.tracking.wandb import Tracker
+from contramask.types import Batch, UserError
+
+log = logging.getLogger(__name__)
+
+# Axes of what is a number a step; the rest is kept in files and drawn.
+SHORT = {"layer", "feature"}
+
+
+class AnalysisCallback(pl.Callback):
+    """Every so many updates: CKA, attention, frequencies, geometry of the network by depth.
+
+    Logs `attn/distance/block_11`, `fourier/high/...`, `repr/rankme`, `repr/effective_rank/...`, and
+    of the outputs of blocks `cka/initial/block_11`, `cka/previous/...`, `cka/NAME/...` of each
+    anchor; with two anchors also `cka/coordinate/...`, which is +1 where the network is like the
+    first and -1 where it is like the second. All tables go to `step-00001000.json` in the folder,
+    with figures of curves over depth and of CKA, which go to W&B too. `analysis/seconds` and
+    `analysis/share` are what it costs, the latter of the time since training began.
+
+    Rank 0 works alone, on images it keeps in memory, and the others wait for it. Training is
+    bitwise the same with it and without it. Resumed, a run goes on comparing with its own start.
+
+    Args:
+        folder: where; None: `analysis` in the trainer's `default_root_dir`.
+        every: updates between two analyses; 0: never. Update 0 and the last are analysed as well.
+        images: of the validation set, or of the training set if there is none.
+        analyses: which, see `suite.NAMES`.
+        anchors: name -> run or folder of a frozen backbone, e.g. {contrastive: runs/moco, masked:
+            runs/mae}.
+        net: whose weights.
+        settings: see `suite.Settings`; CKA is of block outputs, without intervals, if None.
+        figures: draw and send figures.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        every: int = 2000,
+        images: int = 256,
+        analyses: Sequence[str] = ("cka", "attention", "fourier", "geometry"),
+        anchors: Mapping[str, str] | None = None,
+        net: Literal["student", "teacher"] = "student",
+        settings: Settings | None = None,
+        figures: bool = True,
+    ):
+        if every < 0 or images < 1:
+            raise UserError(
+                f"analysis: every is {every} and images is {images}; every is at least 0 updates "
+                "(0: never), images at least 1; set analysis.every and analysis.images"
+            )
+        self.folder = None if folder is None else Path(folder)
+        self.every, self.images, self.net, self.figures = every, images, net, figures
+        live = Settings(replicates=0, cka=("flat/raw",), sublayers=("block",))
+        self.settings = settings or live
+        self.analyses = suite(analyses, self.settings)
+        self.anchors = dict(anchors or {})
+        self.course = Course()
+        self._batches: list[Batch] = []
+        self._seen, self._off, self._spent, self._began = 0, False, 0.0, 0.0
+
+    # ---- when --------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.folder = self.folder or Path(trainer.default_root_dir) / "analysis"
+        network(pl_module, self.net)  # a misspelt wish is told before the first step
+        for name, path in self.anchors.items():
+            if not Path(path).exists():
+                raise UserError(
+                    f"analysis: anchor {name} is {path}, and nothing is there; give a run or a "
+                    "folder with backbone.safetensors; set analysis.anchors"
+                )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen, self._began = trainer.global_step, time.perf_counter()
+        if self.every and trainer.is_global_zero:
+            self._prepare(trainer, pl_module)
+            if trainer.global_step == 0:
+                self._look(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step, before = trainer.global_step, self._seen
+        self._seen = step  # this hook is called for every micro-batch
+        due = self.every and (step % self.every == 0 or step == trainer.max_steps)
+        if due and step != before and trainer.is_global_zero:
+            self._look(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the network was like at its start and last time."""
+        return self.course.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.course.load_state_dict(state_dict)
+
+    # ---- what --------------------------------------------------------------------------------
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the images, and run the anchors over them once."""
+        with undisturbed(pl_module.device), alone():
+            data = clean_data(trainer)
+            for split in ("val", "train"):
+                try:
+                    self._batches = list(data.clean_dataloader(split, limit=self.images))
+                    break
+                except UserError as error:
+                    reason = error
+            else:
+                log.warning("analyses are off: %s", reason)
+                self._off = True
+                return
+            for name, path in self.anchors.items():
+                backbone, _ = load_backbone(Path(path))
+                grams = {k: a for k, a in self.analyses.items() if k.startswith("cka/")}
+                images = (data.to_device(b, pl_module.device) for b in self._batches)
+                analyse(backbone.to(pl_module.device), images, grams)
+                self.course.anchors[name] = self._stacks()
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._off:
+            return
+        start, data = time.perf_counter(), clean_data(trainer)
+        with (
+            undisturbed(pl_module.device),
+            alone(),
+            torch.compiler.set_stance("force_eager"),  # other shapes are no reason to compile
+            trainer.precision_plugin.forward_context(),
+        ):
+            images = (data.to_device(b, pl_module.device) for b in self._batches)
+            try:
+                found = analyse(network(pl_module, self.net), images, self.analyses)
+                compared = self.course.compare(self._stacks())
+            except UserError as error:
+                log.warning("analyses are off: %s", error)
+                self._off = True
+                return
+        self._tell(trainer, found, compared)
+        self._spent += time.perf_counter() - start
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        cost = {"analysis/seconds": time.perf_counter() - start}
+        self._log(trainer, {**cost, "analysis/share": self._spent / elapsed})
+
+    def _stacks(self) -> dict[str, GramStack]:
+        return {a.name: a.stack() for a in self.analyses.values() if isinstance(a, Grams)}
+
+    # ---- where it goes -------------------------------------------------------------------------
+
+    def _tell(self, trainer: pl.Trainer, found: Analysed, compared: list[Reading]) -> None:
+        readings = {**found.readings, **{r.name: r for r in compared}}
+        short = readings.values()
+        numbers = {k: v for r in short if set(r.axes) <= SHORT for k, v in r.flat().items()}
+        self._log(trainer, numbers)
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in numbers.items()})
+        assert self.folder is not None
+        step = trainer.global_step
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"step-{step:08d}.json"
+            content = {"step": step, "images": found.images, "broken": found.broken}
+            content["readings"] = [r.to_json() for r in readings.values()]
+            path.write_text(json.dumps(content, allow_nan=False) + "\n", "utf-8")
+            pictures = self._draw(readings, step) if self.figures else {}
+        except OSError as error:  # a full disk: an analysis is not worth a run
+            log.warning("no analysis in %s: %s", self.folder, error)
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, Tracker) and pictures:
+                logger.log_pictures(pictures, step=step)
+
+    def _draw(self, readings: Mapping[str, Reading], step: int) -> dict[str, Path]:
+        from contramask.report.live import draw  # a second to import: on rank 0 alone
+
+        assert self.folder is not None
+        return draw(readings, self.folder, step)
+
+    def _log(self, trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(numbers), step=trainer.global_step)
+            logger.save()

@@ -1,0 +1,143 @@
+"""One model through all analyses, or its portrait from the last time."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contramask.analysis.analysis import Analysis
+from contramask.analysis.portrait import Portrait, digest_of
+from contramask.analysis.run import analyse, fits
+from contramask.analysis.suite import Settings, suite
+from contramask.cli.sources import Source
+from contramask.data.examples import Images
+from contramask.data.module import ImageShards
+from contramask.models.backbone import Backbone
+from contramask.types import Batch, UserError
+
+log = logging.getLogger(__name__)
+FORMAT = 1  # of portraits; older ones are made again
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Which images, and how they reach a model.
+
+    Attributes:
+        data: shards.
+        images: the most of them.
+        batch: images at once.
+        workers: processes that decode.
+        device: where the model runs.
+        autocast: forward in bfloat16.
+        fed: sizes and normalisation; None: as each model was trained.
+    """
+
+    data: str | list[str]
+    images: int
+    batch: int
+    workers: int
+    device: torch.device
+    autocast: bool
+    fed: Images | None
+
+    def about(self) -> dict[str, Any]:
+        """What the report tells of the images."""
+        shards = [self.data] if isinstance(self.data, str) else list(self.data)
+        found: dict[str, Any] = {"shards": shards, "images": self.images}
+        return found | (asdict(self.fed) if self.fed else {})
+
+    def images_of(self, sheet: dict[str, Any]) -> Images:
+        """How a model with this sheet is fed."""
+        if self.fed is not None:
+            return self.fed
+        return Images(
+            size=sheet["size"],
+            resize=sheet.get("resize"),
+            mean=tuple(sheet["mean"]),
+            std=tuple(sheet["std"]),
+        )
+
+    def batches(self, images: Images, told: Callable[[int], None]) -> Iterator[Batch]:
+        """Clean images on the device; tells how many are done."""
+        module = ImageShards(self.data, batch_size=self.batch, workers=self.workers, images=images)
+        done = 0
+        for batch in module.clean_dataloader("train", limit=self.images):
+            yield module.to_device(batch, self.device)
+            done += len(batch["keys"])
+            told(done)
+
+
+def portrait_of(
+    source: Source,
+    feed: Feed,
+    folder: Path,
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    told: Callable[[int], None],
+) -> Portrait:
+    """Analyse a model, unless `folder` holds its portrait with the same weights and settings.
+
+    An analysis that does not fit the model is left out with a note.
+
+    Raises:
+        UserError: no model, no images, or none of the analyses fits.
+    """
+    backbone, about = source.load()
+    backbone.requires_grad_(requires_grad=False)
+    images = feed.images_of(about["data"])
+    images = replace(images, min_side=max(images.min_side, backbone.spec.patch))
+    same = (FORMAT, feed.data, feed.images, feed.batch, feed.autocast, images, tuple(names))
+    digest = digest_of(backbone, *same, settings)
+    if (known := Portrait.load(folder, digest)) is not None:
+        return known
+    backbone.to(feed.device)
+    chosen, notes = _fitting(backbone, suite(names, settings), images)
+    found = analyse(backbone, feed.batches(images, told), chosen, autocast=feed.autocast)
+    notes += [f"activations of {layer} are not finite; it has no numbers" for layer in found.broken]
+    about = _about(source, backbone, about, images) | {"images": found.images, "sha256": digest}
+    portrait = Portrait.of(about, found.readings, chosen, images.mean, images.std, notes)
+    try:
+        portrait.save(folder, digest)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); the report goes on without it", folder, error)
+    return portrait
+
+
+def _fitting(
+    backbone: Backbone, analyses: dict[str, Analysis], images: Images
+) -> tuple[dict[str, Analysis], list[str]]:
+    """Those that fit the model, and why others do not."""
+    chosen, notes = {}, []
+    for name, analysis in analyses.items():
+        try:
+            fits(backbone, analysis, images.size)
+        except UserError as error:
+            notes.append(f"{name} is left out: {error}")
+        else:
+            chosen[name] = analysis
+    if not chosen:
+        raise UserError(f"no analysis fits: {'; '.join(notes)}")
+    return chosen, notes
+
+
+def _about(
+    source: Source, backbone: Backbone, about: dict[str, Any], images: Images
+) -> dict[str, Any]:
+    spec = backbone.spec
+    return {
+        "path": source.path.name,
+        "backbone": str(backbone.config.get("name", type(backbone).__name__)),
+        "step": about["step"],
+        "net": about["net"],
+        "depth": spec.depth,
+        "dim": spec.dim,
+        "patch": spec.patch,
+        "grid": [images.size // spec.patch] * 2,
+        "size": images.size,
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+    }
