@@ -9,10 +9,15 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from contramask.analysis.study import Study
+from contramask.report.heat import cka_maps
+from contramask.report.markup import to_palette
 from contramask.report.page import write_report
+from contramask.report.style import DPI
 from tests.report.studies import NAMES, layers, reading, study
 
 SECTIONS = [
@@ -106,6 +111,18 @@ def test_every_figure_is_a_file_and_in_the_page(folder, page):
         head = base64.b64decode(data)[:8]
         assert head.startswith(MAGIC[kind])
         assert attrs["alt"]
+
+
+def test_a_palette_changes_no_colour_that_one_could_see(tmp_path):
+    table = reading("c", {"layer_a": layers(40), "layer_b": layers(40)}, np.eye(40) * 0.5 + 0.2)
+    path = cka_maps({NAMES[:2]: table}, tmp_path / "c.png", dict(zip(NAMES, NAMES, strict=True)))
+    before, size = np.asarray(Image.open(path).convert("RGB")).astype(int), path.stat().st_size
+    to_palette(path)
+    with Image.open(path) as few:
+        assert few.mode == "P"
+        assert few.info["dpi"] == pytest.approx((DPI, DPI), rel=1e-3)
+        assert np.abs(np.asarray(few.convert("RGB")) - before).max() <= 12
+    assert path.stat().st_size < 0.6 * size
 
 
 def test_the_page_is_small(tmp_path):

@@ -56,7 +56,8 @@ def to_palette(path: Path) -> None:
     """Writes a PNG again with 128 colours: a third of the size, and nothing seen is lost."""
     with Image.open(path) as picture:
         dpi = picture.info.get("dpi", (DPI, DPI))
-        few = picture.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+        how = Image.Quantize.MAXCOVERAGE  # rare colours count as much as common ones
+        few = picture.convert("RGB").quantize(_COLOURS, how, dither=Image.Dither.NONE)
     few.save(path, optimize=True, dpi=dpi)
 
 
@@ -135,9 +136,11 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 caption { text-align: left; padding-bottom: .35rem; }
 th, td { padding: .35rem .75rem .35rem 0; text-align: right; vertical-align: top;
   border-bottom: 1px solid #dadce0; }
-thead th { font-weight: 600; vertical-align: bottom; min-width: 4.5rem; }
+thead th { font-weight: 600; vertical-align: bottom; min-width: 4.5rem; max-width: 14rem;
+  overflow-wrap: anywhere; }
+td { max-width: 14rem; overflow-wrap: anywhere; }
 th:first-child { text-align: left; }
-tbody th { font-weight: 600; min-width: 9rem; max-width: 16rem; overflow-wrap: anywhere; }
+tbody th { font-weight: 600; min-width: 7rem; max-width: 16rem; overflow-wrap: anywhere; }
 .interval { display: block; font-size: .8em; white-space: nowrap; }
 .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .45em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .875rem; }

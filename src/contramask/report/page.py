@@ -148,13 +148,14 @@ def _notes(study: Study) -> str:
 
 
 def _models(canvas: Canvas) -> str:
-    known = canvas.study.models.values()
-    keys = list(dict.fromkeys(key for about in known for key in about))
+    """A column for each model, since paths and hashes are long and models are few."""
+    known = canvas.study.models
+    keys = dict.fromkeys(key for about in known.values() for key in about)
     rows = [
-        [_name(canvas, m), *(text(_plain(key, about.get(key))) for key in keys)]
-        for m, about in canvas.study.models.items()
+        [text(key), *(text(_plain(key, about.get(key))) for about in known.values())]
+        for key in keys
     ]
-    return markup.table(["model", *map(text, keys)], rows)
+    return markup.table(["", *(_name(canvas, m) for m in known)], rows)
 
 
 def _data(data: Mapping[str, Any]) -> str:
