@@ -192,7 +192,7 @@ def test_what_cannot_be_is_told_once_and_training_goes_on(tmp_path, caplog):
 def test_mistakes_are_told_before_the_first_step(tmp_path):
     with pytest.raises(UserError, match="net is 'teacher'"):
         train(watcher(tmp_path, net="teacher"), module=pretraining("mae"))
-    with pytest.raises(UserError, match=r"anchor masked is .*nowhere"):
+    with pytest.raises(UserError, match=r"anchor masked: there is no .*nowhere"):
         train(watcher(tmp_path, anchors={"masked": str(tmp_path / "nowhere")}))
     with pytest.raises(UserError, match=r"no analysis 'atention'.*attention"):
         watcher(tmp_path, analyses=("atention",))

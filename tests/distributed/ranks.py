@@ -11,6 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from contramask.analysis.cka import compare
+from contramask.analysis.grams import Grams
+from contramask.analysis.run import analyse
+from contramask.analysis.suite import NAMES, Settings, suite
+from contramask.distributed import alone as everyone_for_himself
 from contramask.distributed import (
     gather,
     gather_with_gradient,
@@ -26,7 +31,16 @@ from contramask.objectives.moco import MoCoV3
 from contramask.objectives.objective import Objective
 from contramask.objectives.simclr import SimCLR
 from contramask.types import Batch, Spec, Step, Tokens
-from tests.builders import RECIPES, ToyStream, fit, known, pretraining, randn
+from tests.builders import (
+    RECIPES,
+    SIZE,
+    ToyStream,
+    fit,
+    known,
+    pretraining,
+    randn,
+    tiny_vit,
+)
 
 IMAGES = 6  # of the global batch
 RESULT = dict[str, Any]
@@ -48,7 +62,9 @@ def _process(index: int, port: int, folder: str) -> None:
     # As torchrun would: Lightning then starts no processes of its own.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
     dist.init_process_group("gloo")
-    torch.save({**primitives(), **losses(), **trainings()}, Path(folder) / f"{index}.pt")
+    torch.save(
+        {**primitives(), **losses(), **trainings(), **analyses()}, Path(folder) / f"{index}.pt"
+    )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -139,3 +155,30 @@ def trainings() -> RESULT:
         state = {k: v.clone() for k, v in module.state_dict().items()}
         found[f"train/{recipe}"] = {"state": state, "hidden": masks.hidden}
     return found
+
+
+def analyses() -> RESULT:
+    """Every analysis, of this rank's batches, and CKA with another network."""
+    batches = [
+        {
+            "views": {"clean": randn(1, 5 + i, 3, *SIZE, seed=i)},
+            "label": torch.arange(5 + i) % 3,
+            "position": 0,
+            "keys": [f"{i} {j}" for j in range(5 + i)],
+        }
+        for i in range(4)
+    ]
+    settings = Settings(replicates=7, cka=("flat/raw", "mean/standardised"), minibatch=5)
+    stacks, found = [], None
+    for seed in range(2):
+        chosen = suite(set(NAMES) - {"pictures"}, settings)
+        # Batches in turn, as loaders give them out.
+        mine = batches[rank() :: world()]
+        analysed = analyse(tiny_vit(seed=seed), mine, chosen)
+        found = found or analysed.flat() | {"images": analysed.images}
+        stacks.append([a.stack() for a in chosen.values() if isinstance(a, Grams)])
+    for one, other in zip(*stacks, strict=True):
+        found |= {k: v for r in compare(one, other) for k, v in r.flat().items()}
+    with everyone_for_himself():
+        by_myself = analyse(tiny_vit(), batches, suite(["geometry"], settings))
+    return {"analysed": found, "by_myself": by_myself.flat()}

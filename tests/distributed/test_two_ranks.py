@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.builders import RECIPES
-from tests.distributed.ranks import IMAGES, losses, run_two, trainings
+from tests.distributed.ranks import IMAGES, analyses, losses, run_two, trainings
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +107,14 @@ def test_ranks_and_steps_hide_different_patches(ranks, recipe):
     drawn = [*first, *second]
     assert len(drawn) == 12
     assert len({tuple(h.flatten().tolist()) for h in drawn}) == 12
+
+
+def test_analyses(ranks):
+    whole = analyses()
+    for found in ranks:
+        assert found["analysed"].keys() == whole["analysed"].keys()
+        assert len(found["analysed"]) > 500
+        for key, expected in whole["analysed"].items():
+            assert found["analysed"][key] == pytest.approx(expected, rel=1e-5, abs=2e-6), key
+        # One rank by itself waits for nobody.
+        assert found["by_myself"] == pytest.approx(whole["by_myself"], rel=1e-9, abs=1e-12)

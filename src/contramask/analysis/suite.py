@@ -55,16 +55,18 @@ def suite(names: Iterable[str] = NAMES, settings: Settings | None = None) -> dic
         "classes": lambda: Classes(replicates=s.replicates),
         "pictures": Pictures,
     }
-    found: dict[str, Analysis] = {}
-    for name in names:
-        if name == "cka":
-            found |= {f"cka/{way}": _grams(way, s) for way in s.cka}
-        elif name in made:
-            found[name] = made[name]()
-        else:
+    chosen = list(names)
+    for name in chosen:
+        if name not in NAMES:
             raise UserError(
                 f"no analysis {name!r}; there are {', '.join(NAMES)}; correct --analyses"
             )
+    found: dict[str, Analysis] = {}
+    for name in NAMES:  # in one order whatever is given: ranks gather one after the other
+        if name == "cka" and name in chosen:
+            found |= {f"cka/{way}": _grams(way, s) for way in s.cka}
+        elif name in chosen:
+            found[name] = made[name]()
     return found
 
 

@@ -16,8 +16,9 @@ from contramask.analysis.reading import Reading
 from contramask.analysis.run import Analysed, analyse
 from contramask.analysis.suite import Settings, suite
 from contramask.callbacks.online_probes import clean_data, network, undisturbed
-from contramask.checkpoints.export import load_backbone
+from contramask.checkpoints.sources import Source
 from contramask.distributed import alone
+from contramask.probes.evaluation import CleanData
 from contramask.tracking.wandb import Tracker
 from contramask.types import Batch, UserError
 
@@ -45,8 +46,8 @@ class AnalysisCallback(pl.Callback):
         every: updates between two analyses; 0: never. Update 0 and the last are analysed as well.
         images: of the validation set, or of the training set if there is none.
         analyses: which, see `suite.NAMES`.
-        anchors: name -> run or folder of a frozen backbone, e.g. {contrastive: runs/moco, masked:
-            runs/mae}.
+        anchors: name -> a frozen model, a run or whatever `contramask compare` takes, e.g.
+            {contrastive: runs/moco, masked: runs/mae}.
         net: whose weights.
         settings: see `suite.Settings`; CKA is of block outputs, without intervals, if None.
         figures: draw and send figures.
@@ -85,11 +86,10 @@ class AnalysisCallback(pl.Callback):
         self.folder = self.folder or Path(trainer.default_root_dir) / "analysis"
         network(pl_module, self.net)  # a misspelt wish is told before the first step
         for name, path in self.anchors.items():
-            if not Path(path).exists():
-                raise UserError(
-                    f"analysis: anchor {name} is {path}, and nothing is there; give a run or a "
-                    "folder with backbone.safetensors; set analysis.anchors"
-                )
+            try:
+                Source.parse(path)
+            except UserError as error:
+                raise UserError(f"analysis: anchor {name}: {error}; set analysis.anchors") from None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen, self._began = trainer.global_step, time.perf_counter()
@@ -125,22 +125,29 @@ class AnalysisCallback(pl.Callback):
         """Read the images, and run the anchors over them once."""
         with undisturbed(pl_module.device), alone():
             data = clean_data(trainer)
-            for split in ("val", "train"):
-                try:
-                    self._batches = list(data.clean_dataloader(split, limit=self.images))
-                    break
-                except UserError as error:
-                    reason = error
-            else:
-                log.warning("analyses are off: %s", reason)
+            try:
+                self._batches = self._read(data)
+            except UserError as error:
+                log.warning("analyses are off: %s", error)
                 self._off = True
                 return
             for name, path in self.anchors.items():
-                backbone, _ = load_backbone(Path(path))
-                grams = {k: a for k, a in self.analyses.items() if k.startswith("cka/")}
-                images = (data.to_device(b, pl_module.device) for b in self._batches)
-                analyse(backbone.to(pl_module.device), images, grams)
-                self.course.anchors[name] = self._stacks()
+                try:
+                    self.course.anchors[name] = self._anchor(path, data, pl_module.device)
+                except UserError as error:  # the other ranks do not know of it and go on
+                    log.warning("analysis goes on without anchor %s: %s", name, error)
+
+    def _read(self, data: CleanData) -> list[Batch]:
+        try:
+            return list(data.clean_dataloader("val", limit=self.images))
+        except UserError:  # there is no validation set
+            return list(data.clean_dataloader("train", limit=self.images))
+
+    def _anchor(self, path: str, data: CleanData, device: torch.device) -> dict[str, GramStack]:
+        backbone, _ = Source.parse(path).load()
+        grams = {k: a for k, a in self.analyses.items() if isinstance(a, Grams)}
+        analyse(backbone.to(device), (data.to_device(b, device) for b in self._batches), grams)
+        return self._stacks()
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._off:

@@ -16,7 +16,7 @@ from contramask.analysis.suite import NAMES, Settings, suite
 from contramask.cli.parser import Parser
 from contramask.cli.portraits import Feed, portrait_of
 from contramask.cli.quiet import settle
-from contramask.cli.sources import Source, named
+from contramask.checkpoints.sources import Source, named
 from contramask.data.examples import Images
 from contramask.types import UserError
 

@@ -12,7 +12,7 @@ from contramask.analysis.analysis import Analysis
 from contramask.analysis.portrait import Portrait, digest_of
 from contramask.analysis.run import analyse, fits
 from contramask.analysis.suite import Settings, suite
-from contramask.cli.sources import Source
+from contramask.checkpoints.sources import Source
 from contramask.data.examples import Images
 from contramask.data.module import ImageShards
 from contramask.models.backbone import Backbone
