@@ -9,7 +9,6 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 

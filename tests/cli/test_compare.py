@@ -86,6 +86,18 @@ def test_numbers_are_those_of_the_function(models, shards, tmp_path):
             torch.testing.assert_close(mine, stored, rtol=1e-5, atol=1e-7)
 
 
+def test_channels_of_two_data_sets_and_another_size(models, shards, tmp_path):
+    rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, "--size", "48"]
+    options = ["--other_data", shards["train"], "--analyses", "[attention,geometry]"]
+    analyze.main([str(models / "one"), *rest, *options])
+    study = Study.read(tmp_path / "results.json")
+    assert study.models["one"]["grid"] == [6, 6]
+    overlap = study.get("repr/top_channels_overlap", "one")
+    kept = study.get("repr/top_channels", "one")
+    assert 0 <= overlap.value <= len(kept.value) == 6
+    assert study.get("attn/distance", "one").value.max() < 48 * 2**0.5
+
+
 def test_a_model_is_not_analysed_twice(models, shards, tmp_path, monkeypatch):
     one, two = str(models / "one"), str(models / "two")
     rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, *CORE]
@@ -157,5 +169,7 @@ def test_mistakes(models, shards, tmp_path):
         analyze.main([one, *rest, "--out", str(tmp_path / "file")])
     with pytest.raises(UserError, match="no device 'quantum'"):
         analyze.main([one, "--data", shards["val"], "--device", "quantum", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match=r"30 pixels .* patches of 8; set --size"):
+        analyze.main([one, *rest, "--size", "30", "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="minibtch"):
         analyze.main([one, *rest, "--settings.minibtch", "4"])

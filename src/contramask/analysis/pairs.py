@@ -61,13 +61,16 @@ def agreement(a: Predictions, b: Predictions, *, replicates: int = 0) -> list[Re
     return [*readings, Reading("agree/f1", {}, f1.double(), "", about)]
 
 
-def channels(a: Reading, b: Reading) -> list[Reading]:
-    """How many of the channels of the largest variance are the same, of `repr/top_channels`."""
+def channels(a: Reading, b: Reading, name: str = "agree/top_channels") -> list[Reading]:
+    """How many of the channels of the largest variance are the same, of `repr/top_channels`.
+
+    Nothing for networks of different width. Of two models, or of one on two data sets.
+    """
     if a.value.shape != b.value.shape:
-        return []  # another width: channels have no counterpart
+        return []
     shared = overlap(a.value.long(), b.value.long()).double()
     about = f"of the {len(a.value)} channels that vary most, how many both have (arXiv:2401.00463)"
-    return [Reading("agree/top_channels", {}, shared, "", about)]
+    return [Reading(name, {}, shared, "", about)]
 
 
 def _weights(images: int, replicates: int) -> Float[Tensor, "N R"]:

@@ -13,10 +13,10 @@ from contramask.analysis.comparison import study_of
 from contramask.analysis.portrait import Portrait
 from contramask.analysis.study import Study
 from contramask.analysis.suite import NAMES, Settings, suite
+from contramask.checkpoints.sources import Source, named
 from contramask.cli.parser import Parser
 from contramask.cli.portraits import Feed, portrait_of
 from contramask.cli.quiet import settle
-from contramask.checkpoints.sources import Source, named
 from contramask.data.examples import Images
 from contramask.types import UserError
 
@@ -57,6 +57,11 @@ def build_parser(verb: str) -> Parser:
     parser.add_argument("-c", "--config", action="config", help="a YAML file")
     parser.add_argument("--models", type=list[str], required=True, help="see above")
     parser.add_argument("--data", type=str | list[str], required=True, help="shards, labelled best")
+    parser.add_argument(
+        "--other_data",
+        type=str | list[str] | None,
+        help="further shards: do the same channels have high variance there?",
+    )
     parser.add_argument("--images", type=int, default=1024, help="the most images")
     parser.add_argument("--analyses", type=list[str], default=list(NAMES), help="which")
     parser.add_argument("--out", type=Path | None, help="default: analysis beside the one model")
@@ -64,6 +69,7 @@ def build_parser(verb: str) -> Parser:
     parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--autocast", type=bool, default=False, help="forward in bfloat16")
+    parser.add_argument("--size", type=int | None, help="pixels a side; default: as in training")
     parser.add_argument("--feed", type=Images | None, help="default: as each model was trained")
     parser.add_class_arguments(Settings, "settings")
     return parser
@@ -85,6 +91,8 @@ def analyze(config: Namespace) -> Study:
         device=_device(config.device),
         autocast=config.autocast,
         fed=config.feed,
+        size=config.size,
+        other=config.other_data,
     )
     portraits: dict[str, Portrait] = {}
     with _progress(console) as progress:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from contramask.analysis.analysis import Analysis
+from contramask.analysis.geometry import Geometry
+from contramask.analysis.pairs import channels
 from contramask.analysis.portrait import Portrait, digest_of
 from contramask.analysis.run import analyse, fits
 from contramask.analysis.suite import Settings, suite
@@ -20,6 +22,7 @@ from contramask.types import Batch, UserError
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # of portraits; older ones are made again
+TOP_CHANNELS, OVERLAP = "repr/top_channels", "repr/top_channels_overlap"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Feed:
         device: where the model runs.
         autocast: forward in bfloat16.
         fed: sizes and normalisation; None: as each model was trained.
+        size: pixels a side, if it shall be another one than `fed` says.
+        other: further shards, on which only the channels of high variance are looked up.
     """
 
     data: str | list[str]
@@ -43,27 +48,30 @@ class Feed:
     device: torch.device
     autocast: bool
     fed: Images | None
+    size: int | None = None
+    other: str | list[str] | None = None
 
     def about(self) -> dict[str, Any]:
         """What the report tells of the images."""
         shards = [self.data] if isinstance(self.data, str) else list(self.data)
-        found: dict[str, Any] = {"shards": shards, "images": self.images}
+        found: dict[str, Any] = {"shards": " and ".join(shards), "images": self.images}
         return found | (asdict(self.fed) if self.fed else {})
 
     def images_of(self, sheet: dict[str, Any]) -> Images:
         """How a model with this sheet is fed."""
-        if self.fed is not None:
-            return self.fed
-        return Images(
+        fed = self.fed or Images(
             size=sheet["size"],
             resize=sheet.get("resize"),
             mean=tuple(sheet["mean"]),
             std=tuple(sheet["std"]),
         )
+        return fed if self.size is None else replace(fed, size=self.size, resize=None)
 
-    def batches(self, images: Images, told: Callable[[int], None]) -> Iterator[Batch]:
+    def batches(
+        self, data: str | list[str], images: Images, told: Callable[[int], None]
+    ) -> Iterator[Batch]:
         """Clean images on the device; tells how many are done."""
-        module = ImageShards(self.data, batch_size=self.batch, workers=self.workers, images=images)
+        module = ImageShards(data, batch_size=self.batch, workers=self.workers, images=images)
         done = 0
         for batch in module.clean_dataloader("train", limit=self.images):
             yield module.to_device(batch, self.device)
@@ -90,16 +98,37 @@ def portrait_of(
     backbone, about = source.load()
     backbone.requires_grad_(requires_grad=False)
     images = feed.images_of(about["data"])
-    images = replace(images, min_side=max(images.min_side, backbone.spec.patch))
-    same = (FORMAT, feed.data, feed.images, feed.batch, feed.autocast, images, tuple(names))
+    patch = backbone.spec.patch
+    if images.size % patch:
+        raise UserError(
+            f"{source.name}: images of {images.size} pixels are no whole number of patches of "
+            f"{patch}; set --size to a multiple"
+        )
+    images = replace(images, min_side=max(images.min_side, patch))
+    same = (
+        FORMAT,
+        feed.data,
+        feed.other,
+        feed.images,
+        feed.batch,
+        feed.autocast,
+        images,
+        tuple(names),
+    )
     digest = digest_of(backbone, *same, settings)
     if (known := Portrait.load(folder, digest)) is not None:
         return known
     backbone.to(feed.device)
     chosen, notes = _fitting(backbone, suite(names, settings), images)
-    found = analyse(backbone, feed.batches(images, told), chosen, autocast=feed.autocast)
+    batches = feed.batches(feed.data, images, told)
+    found = analyse(backbone, batches, chosen, autocast=feed.autocast)
     notes += [f"activations of {layer} are not finite; it has no numbers" for layer in found.broken]
     about = _about(source, backbone, about, images) | {"images": found.images, "sha256": digest}
+    if feed.other is not None and TOP_CHANNELS in found.readings:
+        batches = feed.batches(feed.other, images, lambda done: None)
+        other = analyse(backbone, batches, {"": Geometry()}, autocast=feed.autocast).readings
+        shared = channels(found.readings[TOP_CHANNELS], other[TOP_CHANNELS], OVERLAP)
+        found.readings[OVERLAP] = shared[0]
     portrait = Portrait.of(about, found.readings, chosen, images.mean, images.std, notes)
     try:
         portrait.save(folder, digest)

@@ -15,7 +15,7 @@ from contramask.data.loader import Loader
 from contramask.data.order import Layout
 from contramask.data.remembered import check, remember
 from contramask.data.sequential import SequentialStream, SequentialSweep
-from contramask.data.shard_set import ShardSet, classes_in, find_shards
+from contramask.data.shard_set import NO_INDEX, ShardSet, classes_in, find_shards
 from contramask.data.shards import ShardStream, ShardSweep
 from contramask.data.streaming import Streaming
 from contramask.data.views import Crops, EvalView, Views
@@ -108,8 +108,9 @@ class ImageShards(pl.LightningDataModule):
             "training on %s images in %d shards, %d classes; validation on %s",
             self.num_train, len(self.train_shards.urls), self.num_classes, self.num_val,
         )  # fmt: skip
-        index = self.train_shards.index
-        if index is not None:
+        if (index := self.train_shards.index) is None:
+            log.warning(NO_INDEX, self.train_shards.sources[0].name)
+        else:
             held = min(self.streaming.streams * self.streaming.block, index.samples)
             log.info("all workers hold up to %.1f GB of images", held * index.mean_bytes / 1e9)
 

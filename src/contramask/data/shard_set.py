@@ -1,6 +1,5 @@
 """The shards of one split: their sources, their indexes if they have any, what is in them."""
 
-import logging
 from dataclasses import dataclass
 
 from contramask.data.blocks import Stream
@@ -12,7 +11,10 @@ from contramask.data.streaming import Streaming
 from contramask.errors import UserError
 from contramask.types import fold
 
-log = logging.getLogger(__name__)
+NO_INDEX = (
+    "data.train: %s has no index: it is streamed shard by shard, and a resume reads it from the "
+    "start; `contramask pack index` makes one"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +80,6 @@ def find_shards(
         raise UserError(
             f"{where} mixes sources, and {bare[0]} has no index; run `contramask pack index` on it"
         )
-    log.warning(
-        "%s: %s has no index: it is streamed shard by shard, and a resume reads it from the start; "
-        "`contramask pack index` makes one",
-        where,
-        bare[0],
-    )
     return ShardSet(found, None)
 
 
