@@ -1,5 +1,6 @@
 """How features fill their space: ranks, spectra, spread, and channels that hold the variance."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from contramask.analysis.reading import Reading
 from contramask.functional.channels import profile, top_channels, top_share
 from contramask.functional.geometry import feature_std, uniformity, uniformity_sums, unit_sums
 from contramask.functional.moments import Moments
-from contramask.functional.spectra import covariance_rank, log_spectrum, token_spectrum
+from contramask.functional.spectra import FLOOR, covariance_rank, log_spectrum, token_spectrum
 from contramask.types import Spec, Tokens
 
 TOP = 10  # channels of the largest variance whose share is told
@@ -105,7 +106,11 @@ class Geometry(Analysis):
             "repr/effective_rank": (axes, ranks),
             "repr/std": (axes, feature_std(units)),
             "repr/uniformity": (axes, uniformity(pairs)),
-            "repr/spectrum_image": (depth | {"index": _numbers(k)}, spectrum),
+            # A norm takes a direction away: its log would say how small rounding is.
+            "repr/spectrum_image": (
+                depth | {"index": _numbers(k)},
+                spectrum.where(spectrum > math.log(2 * FLOOR), torch.nan),
+            ),
             "repr/channel_variance": (depth | {"rank": _numbers(dim)}, profile(variance)),
             "repr/variance_top10": (depth, top_share(variance, min(TOP, dim))),
             "repr/top_channels": ({"rank": _numbers(len(kept))}, kept),

@@ -208,6 +208,7 @@ def _profile_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None
     for name, reading in panel.lines.items():
         (labels,) = reading.axes.values()
         xs, ys = _numbers(labels), _values(reading)
+        axes.locator_params(axis="x", integer=all(x.is_integer() for x in xs))
         style = {"marker": "o", "markersize": 2.8} if len(xs) <= 30 else {}
         axes.plot(*_thin(xs, ys, panel.log), color=colours[name], **style)
         if reading.low is not None and reading.high is not None:

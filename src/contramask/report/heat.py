@@ -80,7 +80,7 @@ def same_depth_maps(
     most = [max(len(axis) for axis in axes) for axes in _both(tables)]
     columns = min(len(tables), max(1, int(9.6 / (_CELL * most[1] + 1.1))))
     lines = math.ceil(len(tables) / columns)
-    size = (columns * (_CELL * most[1] + 1.1) + 0.2, lines * (0.21 * most[0] + 0.9) + 0.3)
+    size = (columns * (_CELL * most[1] + 1.1) + 0.2, lines * (0.21 * most[0] + 1.05) + 0.3)
     with figure(path, max(size[0], 4.4), size[1], svg=True) as drawn:
         grid = drawn.subplots(lines, columns, squeeze=False).ravel()
         for (heading_of, reading), panel in zip(tables.items(), grid, strict=False):

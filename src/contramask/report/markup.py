@@ -136,8 +136,8 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 caption { text-align: left; padding-bottom: .35rem; }
 th, td { padding: .35rem .75rem .35rem 0; text-align: right; vertical-align: top;
   border-bottom: 1px solid #dadce0; }
-thead th { font-weight: 600; vertical-align: bottom; min-width: 4.5rem; max-width: 14rem;
-  overflow-wrap: anywhere; }
+thead th { font-weight: 600; vertical-align: bottom; min-width: 4rem; max-width: 14rem;
+  overflow-wrap: break-word; }
 td { max-width: 14rem; overflow-wrap: anywhere; }
 th:first-child { text-align: left; }
 tbody th { font-weight: 600; min-width: 7rem; max-width: 16rem; overflow-wrap: anywhere; }

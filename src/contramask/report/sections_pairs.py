@@ -101,7 +101,7 @@ def _same_depth(canvas: Canvas, pool: str) -> list[Drawn]:
         for name, cleaning in zip(names, cleanings, strict=True):
             reading = canvas.study.get(name, a, b)
             if a != b and reading is not None:
-                tables[f"{canvas.pair(a, b)}, {cleaning}"] = reading
+                tables[f"{canvas.pair(a, b)}\n{cleaning}"] = reading
     if not tables:
         return []
     path = same_depth_maps(tables, canvas.file(f"cka_{pool}_same_depth"))
