@@ -24,6 +24,7 @@ class Recorded:
     config: dict[str, Any] = field(default_factory=dict)
     kinds: list[str] = field(default_factory=list)
     step_metrics: dict[str, str] = field(default_factory=dict)
+    alerts: list[tuple[str, str, str]] = field(default_factory=list)  # title, text, level
     identity: str = ""
     name: str = ""
     exit_code: int | None = None
@@ -71,6 +72,8 @@ def read(folder: Path) -> Recorded:
             found.step_metrics[record.metric.name or record.metric.glob_name] = (
                 record.metric.step_metric
             )
+        elif kind == "alert":
+            found.alerts.append((record.alert.title, record.alert.text, record.alert.level))
         elif kind == "exit":
             found.exit_code = record.exit.exit_code
     return found

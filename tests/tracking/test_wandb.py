@@ -89,6 +89,19 @@ def test_pictures_go_as_the_files_they_are(run, tmp_path):
     assert sent.read_bytes() == picture.read_bytes()
 
 
+def test_alerts_are_recorded_offline_in_full(run):
+    logger = make_wandb(run, mode="offline")
+    assert isinstance(logger, Tracker)
+    logger.alert("uniform collapse", "all images get the same feature")
+    logger.alert("t" * 80, "a title the server would refuse")
+    logger.finalize("success")
+    (part,) = parts(run)
+    assert part.alerts == [
+        ("uniform collapse", "all images get the same feature", "WARN"),
+        ("t" * 63, "a title the server would refuse", "WARN"),
+    ]
+
+
 def test_a_preempted_run_says_so(run):
     logger = make_wandb(run, mode="offline")
     assert isinstance(logger, Tracker)
@@ -158,6 +171,8 @@ def test_other_ranks_write_nothing(run, monkeypatch):
     monkeypatch.setattr("lightning_utilities.core.rank_zero.rank_zero_only.rank", 1)
     logger = make_wandb(run, mode="offline")
     logger.log_metrics({"train/loss": 1.0}, step=1)
+    assert isinstance(logger, Tracker)
+    logger.alert("collapse", "of another rank")
     logger.finalize("success")
     assert not run.exists()
 

@@ -11,6 +11,7 @@ import torch
 from jsonargparse import Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from contramask.callbacks.analysis import AnalysisCallback
 from contramask.callbacks.balance import Balance
 from contramask.callbacks.checkpoint import Checkpoints
 from contramask.callbacks.export import Export
@@ -24,6 +25,7 @@ from contramask.callbacks.preemption import (
 )
 from contramask.callbacks.progress import Progress
 from contramask.callbacks.throughput import Throughput
+from contramask.callbacks.watchdog import Watchdog
 from contramask.checkpoints.differences import FREE
 from contramask.checkpoints.runs import Run, has_checkpoint, latest, open_run, run_name
 from contramask.cli.parser import ConfigFile, Parser
@@ -39,7 +41,9 @@ from contramask.types import UserError
 log = logging.getLogger(__name__)
 
 # Observers leave training bitwise as it is, so their settings may change when a run goes on.
-OBSERVERS = ("checkpoint*", "online*", "pictures*", "balance*", "export*", "wandb*")
+OBSERVERS = (
+    "checkpoint*", "online*", "analysis*", "pictures*", "balance*", "watchdog*", "export*", "wandb*"
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -82,8 +86,10 @@ def build_parser() -> Parser:
     parser.add_class_arguments(Checkpoints, "checkpoint", skip={"folder"})
     parser.add_class_arguments(Export, "export", skip={"folder", "data"})
     parser.add_class_arguments(OnlineProbes, "online")
+    parser.add_class_arguments(AnalysisCallback, "analysis", skip={"folder"})
     parser.add_class_arguments(Pictures, "pictures", skip={"folder"})
     parser.add_class_arguments(Balance, "balance")
+    parser.add_class_arguments(Watchdog, "watchdog", skip={"folder"})
     parser.add_function_arguments(make_wandb, "wandb", skip={"run_dir", "config", "name"})
     parser.set_defaults(_defaults())
     return parser
@@ -142,7 +148,8 @@ def _trainer(parts: Namespace, run: Run, resolved: dict[str, Any]) -> pl.Trainer
     arguments = parts.trainer.as_dict()
     parts.checkpoint.folder = run.checkpoints
     parts.pictures.folder = run.path / "pictures"
-    parts.export.folder = run.path
+    parts.analysis.folder = run.path / "analysis"
+    parts.watchdog.folder = parts.export.folder = run.path
     images = parts.data.images
     parts.export.data = {k: getattr(images, k) for k in ("size", "resize", "mean", "std")}
     tracker = make_wandb(run.path, name=run.name, config=resolved, **parts.wandb.as_dict())
@@ -150,9 +157,12 @@ def _trainer(parts: Namespace, run: Run, resolved: dict[str, Any]) -> pl.Trainer
     if isinstance(tracker, Tracker):
         preemption.before_exit.append(tracker.mark_preempting)
     # FiniteLoss first: the others should not meet features that are not finite.
-    watching = [FiniteLoss(), parts.online, parts.pictures, parts.balance, Throughput(), Progress()]
+    watching = [FiniteLoss(), parts.online, parts.analysis, parts.pictures, parts.balance]
     arguments["callbacks"] = [
         *watching,
+        parts.watchdog,
+        Throughput(),
+        Progress(),
         parts.export,
         *(arguments["callbacks"] or []),
         parts.checkpoint,

@@ -107,6 +107,12 @@ class Tracker(WandbLogger):
         self._try(lambda run: run.log({**images, STEP: step}))
 
     @rank_zero_only
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever has asked W&B for alerts, by mail or chat. Offline: once it is synced."""
+        title = title[:63]  # the server takes no more
+        self._try(lambda run: run.alert(title, text, level="WARN", wait_duration=0))
+
+    @rank_zero_only
     def mark_preempting(self) -> None:
         """Tell the server that the scheduler ends this run, and not a fault."""
         if self._experiment is not None:
