@@ -19,7 +19,7 @@ from contramask.functional.attention import (
     among_patches,
     distance,
     diversity,
-    entropy,
+    entropies,
     head_similarity,
     mutual_information,
     to_prefix,
@@ -137,10 +137,11 @@ def statistics(
     nothing = maps.new_zeros((b, heads))
     front = to_prefix(maps, prefix)
     read = normalize(output[:, :, prefix:], dim=-1)  # (B, H, N, d)
+    uncertain = entropies(among)  # (B, H, N)
     rows = [
         distance(among, spec.grid, spec.patch),
-        entropy(among),
-        mutual_information(among),
+        uncertain.mean(-1),
+        mutual_information(among, uncertain),
         diversity(among),
         front[..., 0] if prefix else nothing,
         front[..., 1:].sum(-1) if prefix > 1 else nothing,

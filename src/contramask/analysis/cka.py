@@ -69,7 +69,7 @@ def _sums(
     for x, y, w in zip(a, b, weights.T, strict=True):
         x, y = x.double(), y.double()
         row = torch.cat([hsic(x, y).flatten(), hsic_of_pairs(x, x), hsic_of_pairs(y, y)])
-        sums += w[:, None] * row
+        sums.addr_(w, row)
     sums = total(sums.to(via or sums.device)).cpu()
     return [(s[: l * m].view(l, m), s[l * m : l * m + l], s[l * m + l :]) for s in sums]
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contramask.analysis.analysis import Analysis, Seen, Tap
+from contramask.analysis.grams import channel_moments
 from contramask.analysis.pooled import features_of, pooled_taps, stack
 from contramask.analysis.reading import Reading
 from contramask.functional.channels import profile, top_channels, top_share
@@ -60,10 +61,9 @@ class Geometry(Analysis):
         def final(tokens: Tokens, label: str) -> Float[Tensor, "2 D"]:
             return moments(tokens.patch)
 
-        # Mean and sum of squared deviations of each channel over the patch tokens of the batch.
+        # Mean and variance of each channel over the patch tokens of the batch.
         def moments(patches: Tensor) -> Float[Tensor, "2 D"]:
-            variance, mean = torch.var_mean(patches.flatten(0, 1).double(), 0, correction=0)
-            return torch.stack([mean, variance])
+            return torch.stack(channel_moments(patches)).double()
 
         return {
             **pooled_taps(spec),

@@ -4,7 +4,7 @@ Those of one network are compared with those of any other that saw the same mini
 network runs once however many it is compared with, and a frozen one never again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ SUBLAYERS = (
     "norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2",
 )  # fmt: skip
 BLOCK = "block"  # the output of the block, which the paper leaves out
+
+CACHED = 2**18  # numbers: 1 MB in float32
 
 Pool = Literal["flat", "cls", "mean"]
 Cleaning = Literal["raw", "standardised", "trimmed"]
@@ -74,7 +76,7 @@ class Grams(Analysis):
 
     def taps(self, spec: Spec) -> Mapping[str, Tap]:
         def shrink(tokens: Tensor, label: str) -> Float[Tensor, "G n n"]:
-            return grams(self._clean(self._pool(tokens, spec)), self.batch)
+            return grams(self._pool(tokens, spec), self.batch, self._weights)
 
         names = {s: "blocks.*" if s == BLOCK else f"blocks.*.{s}" for s in self.sublayers}
         return {s: Tap("output", pattern, shrink) for s, pattern in names.items()}
@@ -120,13 +122,14 @@ class Grams(Analysis):
             return tokens[:, prefix:].mean(1, keepdim=True)
         return tokens
 
-    def _clean(self, tokens: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def _weights(self, tokens: Float[Tensor, "n T C"]) -> Float[Tensor, " C"] | None:
+        """What channels are multiplied with; centring is left to `grams`."""
         if self.cleaning == "raw":
-            return tokens
-        parts = tokens.float().split(self.batch)
-        if self.cleaning == "standardised":
-            return torch.cat([standardise(part) for part in parts])
-        return torch.cat([trim(part, self.top) for part in parts])
+            return None
+        _, variance = channel_moments(tokens)
+        return (
+            standardise(variance) if self.cleaning == "standardised" else trim(variance, self.top)
+        )
 
 
 class GramStack(NamedTuple):
@@ -138,30 +141,63 @@ class GramStack(NamedTuple):
     keys: tuple[int, ...]  # which images each minibatch holds, as one number
 
 
-def grams(features: Float[Tensor, "B T C"], n: int) -> Float[Tensor, "G n n"]:
+def grams(
+    features: Float[Tensor, "B T C"],
+    n: int,
+    weigh: Callable[[Tensor], Float[Tensor, " C"] | None] = lambda part: None,
+) -> Float[Tensor, "G n n"]:
     """Inner products of the centred features of images in each full minibatch of n.
 
     Centred first, which changes no unbiased HSIC and keeps the sums from cancelling, so that
     float32 does: 1e-7 of the largest entry.
+
+    Args:
+        features: any precision; sums are in float32.
+        n: images in a minibatch; what is left over is not looked at.
+        weigh: what the channels of a minibatch (n, T, C) are multiplied with, if anything.
     """
-    x = features[: len(features) // n * n].float().flatten(1).unflatten(0, (-1, n))  # (G, n, TC)
-    x = x - x.mean(1, keepdim=True)
-    return x @ x.mT
+    tokens = _at_once(features, n * features.shape[2])
+    table = torch.zeros(len(features) // n, n, n, device=features.device)
+    for gram, part in zip(table, features.split(n), strict=False):
+        weight = weigh(part)
+        for piece in part.split(tokens, 1):
+            x = piece.float()
+            x = x - x.mean(0)
+            x = (x if weight is None else x.mul_(weight)).flatten(1)
+            gram.addmm_(x, x.mT)  # in place: autocast does not make it coarser
+    return table
 
 
-def standardise(tokens: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-    """Each channel to mean 0 and deviation 1; a constant channel is 0."""
-    deviation, mean = torch.std_mean(tokens, (0, 1), correction=0)
-    safe = deviation.where(deviation > 1e-6 * deviation.max().clamp(min=1e-30), torch.inf)
-    return (tokens - mean) / safe
+def channel_moments(
+    tokens: Float[Tensor, "B T C"],
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Mean and variance (divided by the count) of each channel over images and tokens, in float32.
+
+    Ten times as fast on a CPU as `torch.var` over leading axes.
+    """
+    rows = tokens.flatten(0, 1)
+    mean = rows.mean(0, dtype=torch.float32)
+    squares = torch.zeros_like(mean)
+    for piece in rows.split(_at_once(rows, rows.shape[1])):
+        squares += (piece - mean).square_().sum(0)
+    return mean, squares / len(rows)
 
 
-def trim(tokens: Float[Tensor, "B T C"], top: int) -> Float[Tensor, "B T C"]:
-    """Without the `top` channels of the largest variance; they are set to 0."""
-    variance = tokens.var((0, 1), correction=0)
+def standardise(variance: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+    """Weights by which each channel has deviation 1; a constant channel is 0."""
+    deviation = variance.sqrt()
+    return 1 / deviation.where(deviation > 1e-6 * deviation.max().clamp(min=1e-30), torch.inf)
+
+
+def trim(variance: Float[Tensor, " C"], top: int) -> Float[Tensor, " C"]:
+    """Weights 0 for the `top` channels of the largest variance and 1 for the others."""
     if top >= len(variance):
         raise UserError(
             f"cka: top is {top} of {len(variance)} channels; leave at least one; set top"
         )
-    gone = variance.topk(top).indices
-    return tokens.index_fill(2, gone, 0.0)
+    return torch.ones_like(variance).index_fill(0, variance.topk(top).indices, 0.0)
+
+
+def _at_once(x: Tensor, width: int) -> int:
+    """How many slices of so many numbers to take at once: on a CPU those that stay in its cache."""
+    return max(1, (CACHED if x.device.type == "cpu" else x.numel()) // width)
