@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -355,6 +356,19 @@ def test_spread_of_known_clouds():
     assert line[RANK].item() < 1.5
     broken = baselines.spread(torch.full((5, 12), math.nan))
     assert all(math.isnan(value) for value in broken.values())
+
+
+@pytest.mark.parametrize(("images", "width"), [(9, 14), (31, 14)])
+def test_the_rank_is_that_of_the_centred_rows_themselves(images, width):
+    x = randn(images, width) * torch.linspace(0.1, 2, width) + 1
+    unit = x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True)
+    values = np.linalg.svd(unit - unit.mean(0), compute_uv=False)
+    share = values[values > 1e-9] / values.sum()
+    expected = math.exp(-(share * np.log(share)).sum())
+    assert baselines.spread(x)[RANK].item() == pytest.approx(expected, rel=1e-5)
+    assert baselines.spread(x)[STD].item() == pytest.approx(
+        unit.std(0, ddof=1).mean() * math.sqrt(width), rel=1e-12
+    )
 
 
 def test_the_facts_of_each_recipe():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contramask.callbacks.diagnoses import CHANCE, RANK, STD, Codes, Facts
 from contramask.functional.patches import patchify
-from contramask.functional.spectra import effective_rank
+from contramask.functional.spectra import covariance_rank
 from contramask.objectives.beit import BEiT
 from contramask.objectives.cmae import CMAEContrast
 from contramask.objectives.dino import DINO
@@ -98,7 +98,11 @@ def spread(features: Float[Tensor, "M D"]) -> dict[str, Float[Tensor, ""]]:
     finite = features.isfinite().all()
     unit = F.normalize(features.double().nan_to_num(), dim=1)
     deviation = unit.std(0).mean() * math.sqrt(unit.shape[1])
-    found = {STD: deviation, RANK: effective_rank(unit - unit.mean(0))}
+    rows = unit - unit.mean(0)
+    # The smaller of the two matrices of products: 256 x 768 features take an eighth of the time
+    # that their own decomposition does.
+    products = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
+    found = {STD: deviation, RANK: covariance_rank(products)}
     return {key: value.where(finite, math.nan) for key, value in found.items()}
 
 
