@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from contramask.analysis.attention import AttentionStatistics
+from contramask.analysis.geometry import Geometry
 from contramask.analysis.record import label, matches
-from contramask.analysis.run import analyse, fits
+from contramask.analysis.run import analyse, fitting
 from contramask.models.attention import attend
 from contramask.models.backbone import Backbone
 from contramask.types import Spec, Tokens, UserError
@@ -39,7 +40,10 @@ def test_attention_of_a_backbone_without_it():
     with pytest.raises(UserError, match=r"Blind has no attention.*--analyses"):
         analyse(Blind(), [randn(3, 3, *SIZE)], {"attention": AttentionStatistics()})
     with pytest.raises(UserError, match="Blind has no attention"):
-        fits(Blind(), AttentionStatistics(), 16)
+        fitting(Blind(), {"attention": AttentionStatistics()}, SIZE)
+    both = {"attention": AttentionStatistics(), "geometry": Geometry()}
+    chosen, notes = fitting(tiny_vit(), both, SIZE)
+    assert (list(chosen), notes) == (["attention", "geometry"], [])
 
 
 @pytest.mark.parametrize("changes", [{}, {"positions": "relative"}, {"timm": {"reg_tokens": 2}},

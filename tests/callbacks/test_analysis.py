@@ -32,12 +32,12 @@ class Data(pl.LightningDataModule):
         self.stream.trainer = self.trainer
         return self.stream
 
-    def clean_dataloader(self, split, limit=None):
+    def clean_dataloader(self, split, limit=None, batch=11):
         if split == "val" and not self.val:
             raise UserError("data.val names no shards")
         images = randn(min(limit or self.images, self.images), 3, *SIZE, seed=7)
-        for start in range(0, len(images), 11):
-            part = images[start : start + 11]
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
             yield {
                 "views": {"clean": part[None]},
                 "label": torch.arange(len(part)) % 3,
@@ -110,7 +110,7 @@ def test_numbers_reach_the_loggers_at_their_steps(tmp_path):
 def test_it_says_what_the_command_says_of_the_same_weights(tmp_path):
     module, _ = train(watcher(tmp_path))
     offline = watcher(tmp_path).analyses
-    found = analyse(module.backbone, Data().clean_dataloader("val"), offline)
+    found = analyse(module.backbone, Data().clean_dataloader("val", batch=17), offline)
     live = readings(tmp_path, 3)
     for name in ("attn/distance", "fourier/high", "repr/effective_rank"):
         value = torch.tensor(live[name]["value"], dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_cka_to_the_start_the_last_time_and_anchors(tmp_path):
         vit = tiny_vit(timm={"depth": depth})
         vit.load_state_dict(state)
         grams = Grams(sublayers=("block",), batch=5)
-        analyse(vit, Data().clean_dataloader("val"), {"": grams})
+        analyse(vit, Data().clean_dataloader("val", batch=17), {"": grams})
         return grams.stack()
 
     now, found = stack(states[3]), readings(tmp_path, 3)

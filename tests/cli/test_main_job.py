@@ -27,6 +27,7 @@ def command(data: list[str], root: Path, name: str, workers: int) -> list[str]:
         *("--root", str(root), "--name", name, "--data.workers", str(workers)),
         *("--trainer.max_steps", str(STEPS), "--checkpoint.every", "5", "--online.every", "12"),
         *("--trainer.accumulate_grad_batches", "2", "--pictures.every", "12"),
+        *("--analysis.every", "12", "--analysis.figures", "true", "--watchdog.every", "5"),
         *("--model.backbone.timm.drop_path_rate", "0.2"),
     ]
 
@@ -87,6 +88,11 @@ def test_stopped_and_continued_is_straight(straight, data, tmp_path, how, worker
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == STEPS
+    # What watches says the same too, of the start that is no more as of the weights at hand.
+    looks = [sorted((r / "analysis").glob("step-*.json"))[-1] for r in (run, straight)]
+    assert looks[0].name == f"step-{STEPS:08d}.json"
+    assert looks[0].read_text() == looks[1].read_text()
+    assert "cka/initial" in looks[0].read_text()
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])

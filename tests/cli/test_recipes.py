@@ -102,6 +102,7 @@ def test_resumes_bitwise(recipe, data, tmp_path, monkeypatch):
     write_tokenizers(recipe, tmp_path)
     monkeypatch.chdir(tmp_path)
     quiet = ["--online.every", "1000", "--pictures.every", "0", "--balance.every", "0"]
+    quiet += ["--analysis.every", "0", "--watchdog.every", "0"]
     command = ["-c", str(recipe), "-c", str(CONFIGS / "debug.yaml"), *data, *quiet]
     command += ["--root", str(tmp_path), "--name"]
     stop = "[{class_path: tests.builders.StopAt, init_args: {step: 1}}]"

@@ -99,16 +99,27 @@ def analyse(
     return Analysed(by_name(readings), sum(counts), time.perf_counter() - start, list(broken))
 
 
-def fits(backbone: Backbone, analysis: Analysis, size: int) -> None:
-    """Try the taps of an analysis on a blank image of this size.
+def fitting(
+    backbone: Backbone, analyses: Mapping[str, Analysis], size: tuple[int, int]
+) -> tuple[dict[str, Analysis], list[str]]:
+    """Which analyses fit a backbone, tried on a blank image of this size, and why others do not.
 
     Raises:
-        UserError: if it does not fit this backbone.
+        UserError: if none does.
     """
-    device = next(backbone.parameters()).device
-    image = torch.zeros(1, 3, size, size, device=device)
-    with frozen(backbone):
-        _forward(backbone, {"": analysis}, image, ["blank"])
+    image = torch.zeros(1, 3, *size, device=next(backbone.parameters()).device)
+    chosen, notes = {}, []
+    for name, analysis in analyses.items():
+        try:
+            with frozen(backbone):
+                _forward(backbone, {"": analysis}, image, ["blank"])
+        except UserError as error:
+            notes.append(f"{name} is left out: {error}")
+        else:
+            chosen[name] = analysis
+    if not chosen:
+        raise UserError(f"no analysis fits: {'; '.join(notes)}")
+    return chosen, notes
 
 
 def sample_weights(keys: Sequence[str], replicates: int) -> Float[Tensor, "B R"]:

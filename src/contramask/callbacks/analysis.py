@@ -13,12 +13,13 @@ import torch
 from contramask.analysis.grams import Grams, GramStack
 from contramask.analysis.over_time import Course
 from contramask.analysis.reading import Reading
-from contramask.analysis.run import Analysed, analyse
+from contramask.analysis.run import Analysed, analyse, fitting
 from contramask.analysis.suite import Settings, suite
 from contramask.callbacks.online_probes import clean_data, network, undisturbed
 from contramask.checkpoints.sources import Source
 from contramask.distributed import alone
 from contramask.probes.evaluation import CleanData
+from contramask.probes.features import CLEAN
 from contramask.tracking.wandb import Tracker
 from contramask.types import Batch, UserError
 
@@ -77,7 +78,7 @@ class AnalysisCallback(pl.Callback):
         self.analyses = suite(analyses, self.settings)
         self.anchors = dict(anchors or {})
         self.course = Course()
-        self._batches: list[Batch] = []
+        self._images: Any = None  # one batch, on the host
         self._seen, self._off, self._spent, self._began = 0, False, 0.0, 0.0
 
     # ---- when --------------------------------------------------------------------------------
@@ -126,27 +127,40 @@ class AnalysisCallback(pl.Callback):
         with undisturbed(pl_module.device), alone():
             data = clean_data(trainer)
             try:
-                self._batches = self._read(data)
+                self._images = self._read(data)
+                size = self._images["views"][CLEAN].shape[-2:]
+                backbone = network(pl_module, self.net)
+                self.analyses, notes = fitting(backbone, self.analyses, (size[0], size[1]))
             except UserError as error:
                 log.warning("analyses are off: %s", error)
                 self._off = True
                 return
+            for note in notes:
+                log.warning("analysis: %s", note)
             for name, path in self.anchors.items():
                 try:
                     self.course.anchors[name] = self._anchor(path, data, pl_module.device)
                 except UserError as error:  # the other ranks do not know of it and go on
                     log.warning("analysis goes on without anchor %s: %s", name, error)
 
-    def _read(self, data: CleanData) -> list[Batch]:
+    def _read(self, data: CleanData) -> Batch:
         try:
-            return list(data.clean_dataloader("val", limit=self.images))
+            found = list(data.clean_dataloader("val", limit=self.images))
         except UserError:  # there is no validation set
-            return list(data.clean_dataloader("train", limit=self.images))
+            found = list(data.clean_dataloader("train", limit=self.images))
+        if not found:
+            raise UserError("there are no images to look at; set data.val")
+        # As one, so that minibatches of CKA do not hang on the length of training's batches.
+        first = found[0]
+        first["views"] = {CLEAN: torch.cat([b["views"][CLEAN] for b in found], 1)}
+        first["label"] = torch.cat([b["label"] for b in found])
+        first["keys"] = [key for b in found for key in b.get("keys", ())]
+        return first
 
     def _anchor(self, path: str, data: CleanData, device: torch.device) -> dict[str, GramStack]:
         backbone, _ = Source.parse(path).load()
         grams = {k: a for k, a in self.analyses.items() if isinstance(a, Grams)}
-        analyse(backbone.to(device), (data.to_device(b, device) for b in self._batches), grams)
+        analyse(backbone.to(device), [data.to_device(self._images, device)], grams)
         return self._stacks()
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,9 +173,9 @@ class AnalysisCallback(pl.Callback):
             torch.compiler.set_stance("force_eager"),  # other shapes are no reason to compile
             trainer.precision_plugin.forward_context(),
         ):
-            images = (data.to_device(b, pl_module.device) for b in self._batches)
+            images = data.to_device(self._images, pl_module.device)
             try:
-                found = analyse(network(pl_module, self.net), images, self.analyses)
+                found = analyse(network(pl_module, self.net), [images], self.analyses)
                 compared = self.course.compare(self._stacks())
             except UserError as error:
                 log.warning("analyses are off: %s", error)

@@ -79,8 +79,7 @@ def analyze(config: Namespace) -> Study:
     """Portraits one by one, then pairs; returns what it wrote."""
     sources = named(config.models)
     out = _folder(config.out, sources)
-    settings: Settings = config.settings
-    suite(config.analyses, settings)  # a misspelt name is told before anything runs
+    suite(config.analyses, config.settings)  # a misspelt name is told before anything runs
     settle()
     console = Console(highlight=False)
     feed = Feed(
@@ -94,30 +93,37 @@ def analyze(config: Namespace) -> Study:
         size=config.size,
         other=config.other_data,
     )
+    study = _study(sources, feed, out, config, console)
+    _write(study, out, console)
+    return study
+
+
+def _study(
+    sources: list[Source], feed: Feed, out: Path, config: Namespace, console: Console
+) -> Study:
     portraits: dict[str, Portrait] = {}
     with _progress(console) as progress:
         for source in sources:
-            task = progress.add_task(source.name, total=config.images)
-            portraits[source.name] = portrait_of(
+            task = progress.add_task(source.name, total=feed.images)
+            portrait = portrait_of(
                 source,
                 feed,
                 out / "models" / source.name.replace("/", "_"),
                 config.analyses,
-                settings,
+                config.settings,
                 told=lambda done, task=task: progress.update(task, completed=done),
             )
-            seen = portraits[source.name].about["images"]
+            seen = portrait.about["images"]
             progress.update(task, completed=seen, total=seen)
+            portraits[source.name] = portrait
         count = len(sources) * (len(sources) + 1) // 2
         task = progress.add_task("pairs", total=count)
-        study = study_of(
+        return study_of(
             portraits,
             feed.about(),
-            replicates=settings.replicates,
+            replicates=config.settings.replicates,
             told=lambda a, b: progress.advance(task),
         )
-    _write(study, out, console)
-    return study
 
 
 def _write(study: Study, out: Path, console: Console) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from contramask.analysis.analysis import Analysis
 from contramask.analysis.geometry import Geometry
 from contramask.analysis.pairs import channels
 from contramask.analysis.portrait import Portrait, digest_of
-from contramask.analysis.run import analyse, fits
+from contramask.analysis.reading import Reading
+from contramask.analysis.run import analyse, fitting
 from contramask.analysis.suite import Settings, suite
 from contramask.checkpoints.sources import Source
 from contramask.data.examples import Images
@@ -97,38 +97,19 @@ def portrait_of(
     """
     backbone, about = source.load()
     backbone.requires_grad_(requires_grad=False)
-    images = feed.images_of(about["data"])
-    patch = backbone.spec.patch
-    if images.size % patch:
-        raise UserError(
-            f"{source.name}: images of {images.size} pixels are no whole number of patches of "
-            f"{patch}; set --size to a multiple"
-        )
-    images = replace(images, min_side=max(images.min_side, patch))
-    same = (
-        FORMAT,
-        feed.data,
-        feed.other,
-        feed.images,
-        feed.batch,
-        feed.autocast,
-        images,
-        tuple(names),
-    )
-    digest = digest_of(backbone, *same, settings)
+    images = _fed(source, backbone, feed.images_of(about["data"]))
+    same = (FORMAT, feed.data, feed.other, feed.images, feed.batch, feed.autocast, images)
+    digest = digest_of(backbone, *same, tuple(names), settings)
     if (known := Portrait.load(folder, digest)) is not None:
         return known
     backbone.to(feed.device)
-    chosen, notes = _fitting(backbone, suite(names, settings), images)
+    chosen, notes = fitting(backbone, suite(names, settings), (images.size, images.size))
     batches = feed.batches(feed.data, images, told)
     found = analyse(backbone, batches, chosen, autocast=feed.autocast)
     notes += [f"activations of {layer} are not finite; it has no numbers" for layer in found.broken]
     about = _about(source, backbone, about, images) | {"images": found.images, "sha256": digest}
     if feed.other is not None and TOP_CHANNELS in found.readings:
-        batches = feed.batches(feed.other, images, lambda done: None)
-        other = analyse(backbone, batches, {"": Geometry()}, autocast=feed.autocast).readings
-        shared = channels(found.readings[TOP_CHANNELS], other[TOP_CHANNELS], OVERLAP)
-        found.readings[OVERLAP] = shared[0]
+        found.readings[OVERLAP] = _elsewhere(backbone, feed, images, found.readings[TOP_CHANNELS])
     portrait = Portrait.of(about, found.readings, chosen, images.mean, images.std, notes)
     try:
         portrait.save(folder, digest)
@@ -137,21 +118,23 @@ def portrait_of(
     return portrait
 
 
-def _fitting(
-    backbone: Backbone, analyses: dict[str, Analysis], images: Images
-) -> tuple[dict[str, Analysis], list[str]]:
-    """Those that fit the model, and why others do not."""
-    chosen, notes = {}, []
-    for name, analysis in analyses.items():
-        try:
-            fits(backbone, analysis, images.size)
-        except UserError as error:
-            notes.append(f"{name} is left out: {error}")
-        else:
-            chosen[name] = analysis
-    if not chosen:
-        raise UserError(f"no analysis fits: {'; '.join(notes)}")
-    return chosen, notes
+def _fed(source: Source, backbone: Backbone, images: Images) -> Images:
+    """What the model can be fed; images smaller than a patch are bad."""
+    patch = backbone.spec.patch
+    if images.size % patch:
+        raise UserError(
+            f"{source.name}: images of {images.size} pixels are no whole number of patches of "
+            f"{patch}; set --size to a multiple"
+        )
+    return replace(images, min_side=max(images.min_side, patch))
+
+
+def _elsewhere(backbone: Backbone, feed: Feed, images: Images, here: Reading) -> Reading:
+    """How many of the channels of high variance are the same on the other shards."""
+    assert feed.other is not None
+    batches = feed.batches(feed.other, images, lambda done: None)
+    there = analyse(backbone, batches, {"": Geometry()}, autocast=feed.autocast).readings
+    return channels(here, there[TOP_CHANNELS], OVERLAP)[0]
 
 
 def _about(
