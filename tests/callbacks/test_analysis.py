@@ -194,8 +194,8 @@ def test_mistakes_are_told_before_the_first_step(tmp_path):
         train(watcher(tmp_path, net="teacher"), module=pretraining("mae"))
     with pytest.raises(UserError, match=r"anchor masked: there is no .*nowhere"):
         train(watcher(tmp_path, anchors={"masked": str(tmp_path / "nowhere")}))
-    with pytest.raises(UserError, match=r"no analysis 'atention'.*attention"):
-        watcher(tmp_path, analyses=("atention",))
+    with pytest.raises(UserError, match=r"no analysis 'attn'.*attention"):
+        watcher(tmp_path, analyses=("attn",))
     with pytest.raises(UserError, match="every is -1"):
         watcher(tmp_path, every=-1)
 
