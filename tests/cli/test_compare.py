@@ -50,7 +50,7 @@ def test_two_models_and_another_depth(models, shards, tmp_path):
     study = Study.read(tmp_path / "results.json")
     assert list(study.models) == ["first", "two", "deep"]
     assert study.models["two"]["step"] == 8
-    assert study.models["two"]["images"] == 40
+    assert study.models["two"]["images"] == study.data["images"] == 40
     maps = {pair: study.get("cka/flat/raw", *pair) for pair in study.pairs()}
     assert maps["first", "two"].value.shape == (20, 20)
     assert maps["first", "deep"].value.shape == (20, 30)
@@ -147,6 +147,9 @@ def test_what_does_not_fit_is_noted_and_the_rest_goes_on(shards, tmp_path):
     assert "no class token" in study.notes[0]
     assert study.get("cka/mean/raw", "blind", "blind") is not None
     assert study.get("attn/to_cls", "blind") is None
+    all_there_are = [*rest, "--analyses", "[attention]", "--images", "1000"]
+    analyze.main([str(tmp_path / "blind"), *all_there_are])
+    assert "on 64 images" in (tmp_path / "out" / "report.html").read_text()
     few = [*rest, "--analyses", "[cka,attention]", "--images", "6"]
     analyze.main([str(tmp_path / "blind"), *few])
     study = Study.read(tmp_path / "out" / "results.json")

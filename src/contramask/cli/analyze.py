@@ -118,9 +118,10 @@ def _study(
             portraits[source.name] = portrait
         count = len(sources) * (len(sources) + 1) // 2
         task = progress.add_task("pairs", total=count)
+        seen = max(p.about["images"] for p in portraits.values())
         return study_of(
             portraits,
-            feed.about(),
+            feed.about() | {"images": seen},
             replicates=config.settings.replicates,
             told=lambda a, b: progress.advance(task),
         )

@@ -21,6 +21,13 @@ SECTIONS: dict[str, Callable[[Canvas], list[Drawn]]] = {
     "Invariance": sections.invariance,
     "Similarity of models": sections_pairs.similarity,
 }
+# heading -> reading, and its place
+NUMBERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "RankMe": ("repr/rankme", ()),
+    "LiDAR, class token": ("repr/lidar", ("cls",)),
+    "LiDAR, mean of patches": ("repr/lidar", ("mean",)),
+    "top channels shared with other data": ("repr/top_channels_overlap", ()),
+}
 LAST_BLOCK = {
     "attn/distance": "attention distance",
     "attn/nmi": "mutual information",
@@ -120,8 +127,9 @@ def _summary(canvas: Canvas) -> str:
             columns[f"{heading}, {what}"] = {
                 m: v[feature] for m, v in known.items() if feature in v
             }
-    ranks = {m: at(r) for m, r in study.having("repr/rankme").items()}
-    columns["RankMe"] = {m: v for m, v in ranks.items() if v is not None}
+    for heading, (name, labels) in NUMBERS.items():
+        found = {m: at(r, *labels) for m, r in study.having(name).items()}
+        columns[heading] = {m: v for m, v in found.items() if v is not None}
     for name, heading in LAST_BLOCK.items():
         columns[heading] = in_last_block(study, name, share=name == "repr/variance_top10")
     columns = {heading: found for heading, found in columns.items() if found}
@@ -130,7 +138,7 @@ def _summary(canvas: Canvas) -> str:
         for m in study.models
     ]
     note = (
-        "Accuracies and RankMe are of final features, the others of the last block. "
+        "Accuracies, RankMe and LiDAR are of final features, the others of the last block. "
         "In brackets 95 % intervals over images."
     )
     return markup.table(["model", *map(text, columns)], rows, note) if columns else ""
