@@ -19,6 +19,7 @@ from contramask.types import UserError
 
 SHEET = {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.2, 0.25], "size": 32}
 QUICK = ["--batch_size", "24", "--workers", "0", "--device", "cpu", "--settings.replicates", "20"]
+BARE = ["--report", "false"]  # figures take seconds
 SMALL = [*QUICK, "--images", "40", "--settings.minibatch", "8"]
 CORE = ["--analyses", "[cka,attention,geometry]", "--settings.cka", "[flat/raw]"]
 
@@ -73,7 +74,8 @@ def test_two_models_and_another_depth(models, shards, tmp_path):
 
 def test_numbers_are_those_of_the_function(models, shards, tmp_path):
     arguments = [str(models / "one"), "--data", shards["val"], "--out", str(tmp_path)]
-    analyze.main([*arguments, *SMALL, "--analyses", "[attention]"])
+    analyze.main([*arguments, *SMALL, *BARE, "--analyses", "[attention]"])
+    assert not (tmp_path / "report.html").exists()
     images = Images(size=32, mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
     data = ImageShards(shards["val"], batch_size=13, workers=0, images=images)
     backbone, _ = load_backbone(models / "one")
@@ -87,7 +89,7 @@ def test_numbers_are_those_of_the_function(models, shards, tmp_path):
 
 
 def test_channels_of_two_data_sets_and_another_size(models, shards, tmp_path):
-    rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, "--size", "48"]
+    rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, *BARE, "--size", "48"]
     options = ["--other_data", shards["train"], "--analyses", "[attention,geometry]"]
     analyze.main([str(models / "one"), *rest, *options])
     study = Study.read(tmp_path / "results.json")
@@ -100,7 +102,7 @@ def test_channels_of_two_data_sets_and_another_size(models, shards, tmp_path):
 
 def test_a_model_is_not_analysed_twice(models, shards, tmp_path, monkeypatch):
     one, two = str(models / "one"), str(models / "two")
-    rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, *CORE]
+    rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, *CORE, *BARE]
     calls = []
     real = portraits.analyse
 
@@ -129,7 +131,8 @@ def test_a_model_is_not_analysed_twice(models, shards, tmp_path, monkeypatch):
 
 def test_weights_of_timm_names(models, shards, tmp_path):
     plain = models / "plain.safetensors"
-    rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, *CORE, "--feed.size", "32"]
+    rest = ["--data", shards["val"], "--out", str(tmp_path), *SMALL, *CORE, *BARE]
+    rest += ["--feed.size", "32"]
     with pytest.raises(UserError, match=r"heads.*contramask convert import"):  # 24 are nobody's
         analyze.main([str(models / "odd.safetensors"), *rest])
     analyze.main([f"timm/vit_tiny_patch16_224={plain}", *rest])
@@ -141,7 +144,7 @@ def test_what_does_not_fit_is_noted_and_the_rest_goes_on(shards, tmp_path):
     export_backbone(blind, tmp_path / "blind", net="student", step=1, data=SHEET)
     rest = ["--data", shards["val"], "--out", str(tmp_path / "out"), *SMALL]
     ways = ["--settings.cka", "[cls/raw,mean/raw]", "--analyses", "[cka,attention]"]
-    analyze.main([str(tmp_path / "blind"), *rest, *ways])
+    analyze.main([str(tmp_path / "blind"), *rest, *ways, *BARE])
     study = Study.read(tmp_path / "out" / "results.json")
     assert "cls/raw is left out" in study.notes[0]
     assert "no class token" in study.notes[0]
@@ -151,7 +154,7 @@ def test_what_does_not_fit_is_noted_and_the_rest_goes_on(shards, tmp_path):
     analyze.main([str(tmp_path / "blind"), *all_there_are])
     assert "on 64 images" in (tmp_path / "out" / "report.html").read_text()
     few = [*rest, "--analyses", "[cka,attention]", "--images", "6"]
-    analyze.main([str(tmp_path / "blind"), *few])
+    analyze.main([str(tmp_path / "blind"), *few, *BARE])
     study = Study.read(tmp_path / "out" / "results.json")
     assert any("minibatch of 8" in note for note in study.notes)
     assert study.get("attn/distance", "blind") is not None

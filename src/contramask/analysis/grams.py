@@ -4,7 +4,7 @@ Those of one network are compared with those of any other that saw the same mini
 network runs once however many it is compared with, and a frozen one never again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -76,7 +76,8 @@ class Grams(Analysis):
 
     def taps(self, spec: Spec) -> Mapping[str, Tap]:
         def shrink(tokens: Tensor, label: str) -> Float[Tensor, "G n n"]:
-            return grams(self._pool(tokens, spec), self.batch, self._weights)
+            weigh = None if self.cleaning == "raw" else self._weights
+            return grams(self._pool(tokens, spec), self.batch, weigh)
 
         names = {s: "blocks.*" if s == BLOCK else f"blocks.*.{s}" for s in self.sublayers}
         return {s: Tap("output", pattern, shrink) for s, pattern in names.items()}
@@ -122,11 +123,8 @@ class Grams(Analysis):
             return tokens[:, prefix:].mean(1, keepdim=True)
         return tokens
 
-    def _weights(self, tokens: Float[Tensor, "n T C"]) -> Float[Tensor, " C"] | None:
+    def _weights(self, variance: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
         """What channels are multiplied with; centring is left to `grams`."""
-        if self.cleaning == "raw":
-            return None
-        _, variance = channel_moments(tokens)
         return (
             standardise(variance) if self.cleaning == "standardised" else trim(variance, self.top)
         )
@@ -144,7 +142,7 @@ class GramStack(NamedTuple):
 def grams(
     features: Float[Tensor, "B T C"],
     n: int,
-    weigh: Callable[[Tensor], Float[Tensor, " C"] | None] = lambda part: None,
+    weigh: Callable[[Tensor], Float[Tensor, " C"]] | None = None,
 ) -> Float[Tensor, "G n n"]:
     """Inner products of the centred features of images in each full minibatch of n.
 
@@ -154,18 +152,37 @@ def grams(
     Args:
         features: any precision; sums are in float32.
         n: images in a minibatch; what is left over is not looked at.
-        weigh: what the channels of a minibatch (n, T, C) are multiplied with, if anything.
+        weigh: gives what channels are multiplied with for their variance in a minibatch, (C,).
     """
     tokens = _at_once(features, n * features.shape[2])
     table = torch.zeros(len(features) // n, n, n, device=features.device)
     for gram, part in zip(table, features.split(n), strict=False):
-        weight = weigh(part)
-        for piece in part.split(tokens, 1):
-            x = piece.float()
-            x = x - x.mean(0)
+        pieces = part.split(tokens, 1)
+        means: Iterable[Tensor] = map(_mean, pieces)  # each when its piece is in the cache
+        weight = None
+        if weigh is not None:
+            means, variance = _spread(pieces)
+            weight = weigh(variance)
+        for piece, mean in zip(pieces, means, strict=True):
+            x = piece - mean
             x = (x if weight is None else x.mul_(weight)).flatten(1)
             gram.addmm_(x, x.mT)  # in place: autocast does not make it coarser
     return table
+
+
+def _mean(piece: Float[Tensor, "n t C"]) -> Float[Tensor, "t C"]:
+    return piece.mean(0, dtype=torch.float32)
+
+
+def _spread(pieces: Sequence[Tensor]) -> tuple[list[Tensor], Float[Tensor, " C"]]:
+    """Means over images, and the variance of each channel over images and tokens."""
+    means, within = [], torch.zeros(pieces[0].shape[2], device=pieces[0].device)
+    for piece in pieces:
+        means.append(_mean(piece))
+        within += (piece - means[-1]).square_().sum((0, 1))
+    whole = torch.cat(means)
+    _, between = channel_moments(whole[None])
+    return means, within / (len(pieces[0]) * len(whole)) + between
 
 
 def channel_moments(

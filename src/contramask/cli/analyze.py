@@ -71,6 +71,7 @@ def build_parser(verb: str) -> Parser:
     parser.add_argument("--autocast", type=bool, default=False, help="forward in bfloat16")
     parser.add_argument("--size", type=int | None, help="pixels a side; default: as in training")
     parser.add_argument("--feed", type=Images | None, help="default: as each model was trained")
+    parser.add_argument("--report", type=bool, default=True, help="false: the numbers alone")
     parser.add_class_arguments(Settings, "settings")
     return parser
 
@@ -94,7 +95,7 @@ def analyze(config: Namespace) -> Study:
         other=config.other_data,
     )
     study = _study(sources, feed, out, config, console)
-    _write(study, out, console)
+    _write(study, out, console, report=config.report)
     return study
 
 
@@ -127,10 +128,12 @@ def _study(
         )
 
 
-def _write(study: Study, out: Path, console: Console) -> None:
-    from contramask.report.page import write_report  # matplotlib: a second, when all is done
+def _write(study: Study, out: Path, console: Console, *, report: bool) -> None:
+    written = [*study.write(out)]
+    if report:
+        from contramask.report.page import write_report  # matplotlib: a second, when all is done
 
-    written = [*study.write(out), write_report(study, out)]
+        written.append(write_report(study, out))
     for note in study.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     for path in written:
