@@ -164,7 +164,7 @@ def grams(
             means, variance = _spread(pieces)
             weight = weigh(variance)
         for piece, mean in zip(pieces, means, strict=True):
-            x = piece - mean
+            x = piece.float() - mean
             x = (x if weight is None else x.mul_(weight)).flatten(1)
             gram.addmm_(x, x.mT)  # in place: autocast does not make it coarser
     return table
