@@ -86,8 +86,7 @@ def test_a_network_with_itself():
     expected = np.mean([whole.value[i, j].item() for i, j in pairs])
     distance = found["cka/flat/raw/by_distance"]
     assert distance.value[1].item() == pytest.approx(expected)
-    assert distance.low is not None
-    assert distance.low[1] <= distance.value[1] <= distance.high[1]
+    assert distance.low is None  # of two minibatches
 
 
 def stack_of(features: torch.Tensor) -> GramStack:
@@ -129,6 +128,24 @@ def test_a_layer_that_tells_nothing_apart_is_missing():
     assert compare(x, stack_of(broken))[0].missing.all()
 
 
+def test_few_minibatches_have_no_interval():
+    few = compare(stack_of(randn(42, 1, 7)), stack_of(randn(42, 1, 5, seed=1)), replicates=9)
+    many = compare(stack_of(randn(48, 1, 7)), stack_of(randn(48, 1, 5, seed=1)), replicates=9)
+    for found, there in ((few, False), (many, True)):
+        named = {r.name: r for r in found}
+        assert (named["cka/flat/raw/same_depth_mean"].low is not None) == there
+
+
+@pytest.mark.parametrize("cleaning", ["raw", "standardised"])
+def test_what_is_constant_is_missing_whatever_rounding_leaves(cleaning):
+    for seed in range(6):
+        options = {"pool": "cls", "sublayers": ("norm1", "attn.qkv"), "cleaning": cleaning}
+        stack, _ = gathered(tiny_vit(seed=seed), **options)
+        found = compare(stack, stack)[0]
+        assert found.missing[:2].all()  # of the first block, whose class token no image moved
+        assert not found.missing[2:, 2:].any()
+
+
 def test_cleaned_channels():
     vit = tiny_vit()
     with torch.no_grad():  # one channel of huge variance, as in an MAE
@@ -158,6 +175,16 @@ def test_class_tokens():
     assert not found.missing[1:, 1:].any()
     with pytest.raises(UserError, match="class token"):
         gathered(tiny_vit(timm={"class_token": False, "global_pool": ""}), pool="cls")
+
+
+def test_long_minibatches():
+    """However many images run at once, minibatches are whole."""
+    metric = Grams(batch=50, sublayers=("block",))
+    analyse(tiny_vit(), [randn(101, 3, *SIZE)], {"": metric})
+    assert metric.stack().table.shape == (2, 2, 50, 50)
+    metric = Grams(batch=100, sublayers=("block",))
+    analyse(tiny_vit(), [randn(101, 3, *SIZE)], {"": metric})
+    assert len(metric.stack().keys) == 1
 
 
 def test_mistakes():

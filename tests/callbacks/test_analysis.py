@@ -8,6 +8,8 @@ import torch
 
 from contramask.analysis.cka import compare
 from contramask.analysis.grams import Grams
+from contramask.analysis.over_time import _coordinate
+from contramask.analysis.reading import Reading
 from contramask.analysis.run import analyse
 from contramask.analysis.suite import Settings
 from contramask.callbacks.analysis import AnalysisCallback
@@ -157,6 +159,26 @@ def test_cka_to_the_start_the_last_time_and_anchors(tmp_path):
     torch.testing.assert_close(coordinate, (same - best) / (same + best))
 
 
+def test_the_coordinate_is_bounded():
+    def line(*values):
+        axes = {"layer": tuple(f"block_{i:02d}" for i in range(len(values)))}
+        return Reading("cka/x", axes, torch.tensor(values, dtype=torch.float64))
+
+    found = _coordinate(line(-0.01, 0.05, 0.9, -0.1), line(0.005, -0.04, 0.3, -0.2), ["a", "b"])
+    assert found.missing.tolist() == [True, False, False, True]
+    assert found.value.tolist() == pytest.approx([0, 1, 0.5, 0])
+
+
+def test_an_anchor_that_cannot_see_the_images_is_left_out(tmp_path, caplog):
+    odd = tiny_vit(patch_size=5, img_size=20)
+    sheet = {"mean": [0.0] * 3, "std": [1.0] * 3, "size": 20}
+    export_backbone(odd, tmp_path / "odd", net="student", step=0, data=sheet)
+    train(watcher(tmp_path, anchors={"odd": str(tmp_path / "odd")}))
+    assert "without anchor odd" in caplog.text
+    assert "patches of 5" in caplog.text
+    assert "cka/initial" in readings(tmp_path, 3)
+
+
 def test_resumed_it_goes_on_comparing_with_its_own_start(tmp_path):
     train(watcher(tmp_path / "straight"), steps=6)
     first = watcher(tmp_path / "one")
@@ -177,11 +199,12 @@ def test_without_validation_the_training_set_is_looked_at(tmp_path):
 
 
 def test_what_cannot_be_is_told_once_and_training_goes_on(tmp_path, caplog):
-    _, trainer = train(watcher(tmp_path), data=Data(images=3))
-    assert [r.message[:17] for r in caplog.records if "analyses" in r.message] == [
-        "analyses are off:"
-    ]
-    assert "minibatch of 5" in caplog.text
+    _, trainer = train(watcher(tmp_path / "few"), data=Data(images=3))
+    assert len([r for r in caplog.records if "minibatch of 5" in r.message]) == 1
+    assert "attn/distance" in readings(tmp_path / "few", 3)  # the rest is told
+    assert "cka/initial" not in readings(tmp_path / "few", 3)
+    _, trainer = train(watcher(tmp_path), data=Data(images=0))
+    assert "analyses are off: there are no images" in caplog.text
     assert trainer.global_step == 3
     (tmp_path / "full").touch()
     _, trainer = train(watcher(tmp_path / "full"))

@@ -135,8 +135,8 @@ def test_weights_of_timm_names(models, shards, tmp_path):
     rest += ["--feed.size", "32"]
     with pytest.raises(UserError, match=r"heads.*contramask convert import"):  # 24 are nobody's
         analyze.main([str(models / "odd.safetensors"), *rest])
-    analyze.main([f"timm/vit_tiny_patch16_224={plain}", *rest])
-    assert Study.read(tmp_path / "results.json").models["vit_tiny_patch16_224"]["depth"] == 2
+    analyze.main([f"mine=timm/vit_tiny_patch16_224={plain}", *rest])
+    assert Study.read(tmp_path / "results.json").models["mine"]["depth"] == 2
 
 
 def test_what_does_not_fit_is_noted_and_the_rest_goes_on(shards, tmp_path):
@@ -158,6 +158,20 @@ def test_what_does_not_fit_is_noted_and_the_rest_goes_on(shards, tmp_path):
     study = Study.read(tmp_path / "out" / "results.json")
     assert any("minibatch of 8" in note for note in study.notes)
     assert study.get("attn/distance", "blind") is not None
+
+
+def test_a_model_that_cannot_be_fed_is_left_out(models, shards, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+    odd = VisionTransformer("vit_tiny_patch16_224", img_size=30, patch_size=10, timm=sizes)
+    export_backbone(odd, tmp_path / "odd", net="student", step=1, data=SHEET)
+    rest = ["--data", shards["val"], "--out", str(tmp_path / "out"), *SMALL, *CORE, *BARE]
+    compare.main([str(tmp_path / "odd"), f"lr=0.1={models / 'one'}", *rest])
+    study = Study.read(tmp_path / "out" / "results.json")
+    assert list(study.models) == ["lr"]
+    assert "odd is left out" in study.notes[-1]
+    with pytest.raises(UserError, match="patches of 10"):
+        analyze.main([str(tmp_path / "odd"), *rest])
 
 
 def test_mistakes(models, shards, tmp_path):

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contramask.analysis.reading import Reading
+from contramask.distributed import world
 from contramask.functional.moments import Moments
 from contramask.types import Spec, UserError
 
@@ -49,6 +50,10 @@ class Seen(NamedTuple):
     keys: tuple[str, ...]  # the samples' names
 
 
+def _others() -> bool:
+    return world() > 1
+
+
 class Result:
     """Readings, closed to torchmetrics, which would squeeze tensors in lists and dataclasses."""
 
@@ -68,8 +73,8 @@ class Analysis(torchmetrics.Metric, ABC):
     images: int | None = None
 
     def __init__(self, *, replicates: int = 0):
-        # No argument of Metric: when to gather is decided by who computes.
-        super().__init__()
+        # Asked when it computes: a rank that is `alone` waits for nobody.
+        super().__init__(distributed_available_fn=_others)
         self.replicates = replicates
         self.layers: dict[str, tuple[str, ...]] = {}  # tap -> layers, known after the first batch
         self._found_late: set[str] = set()
@@ -166,8 +171,8 @@ def interval(table: Float[Tensor, "R ..."]) -> tuple[Tensor, Tensor | None, Tens
     return table[0], ends[0], ends[1]
 
 
-def share(images: int | None, rank: int, world: int) -> float:
+def share(images: int | None, rank: int, ranks: int) -> float:
     """How many of so many images over all ranks are this rank's."""
     if images is not None and images < 1:
         raise UserError(f"analysis: images is {images}; allowed is at least 1; set images")
-    return math.inf if images is None else float(len(range(rank, images, world)))
+    return math.inf if images is None else float(len(range(rank, images, ranks)))

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from contramask.analysis.analysis import Analysis, Seen, Tap
 from contramask.analysis.reading import Reading
 from contramask.functional.attention import (
+    DISTANCE_EPS,
     NMI_EPS,
     among_patches,
     distance,
@@ -86,7 +87,7 @@ class AttentionStatistics(Analysis):
             tables = [None if t is None else t[:, i] for t in (value, low, high)]
             means = [None if t is None else t.mean(-1) for t in tables]
             found.append(_reading(f"attn/{name}", {"layer": layers}, means, unit, about, gone))
-            if name in BY_HEAD:
+            if name in BY_HEAD or name in PREFIX:
                 axes = {"layer": layers, "head": heads}
                 found.append(_reading(f"attn/{name}_by_head", axes, tables, unit, about))
         return found
@@ -133,15 +134,16 @@ def statistics(
     """
     maps, output = attended
     prefix, (b, heads) = maps.shape[-1] - spec.patches, maps.shape[:2]
-    among = among_patches(maps, prefix, NMI_EPS)
+    among = among_patches(maps, prefix, DISTANCE_EPS)
+    # As the authors: what is added decides where the class token takes nearly all attention.
+    softened = among_patches(maps, prefix, NMI_EPS)
     nothing = maps.new_zeros((b, heads))
     front = to_prefix(maps, prefix)
     read = normalize(output[:, :, prefix:], dim=-1)  # (B, H, N, d)
-    uncertain = entropies(among)  # (B, H, N)
     rows = [
         distance(among, spec.grid, spec.patch),
-        uncertain.mean(-1),
-        mutual_information(among, uncertain),
+        entropies(among).mean(-1),
+        mutual_information(softened, entropies(softened)),
         diversity(among),
         front[..., 0] if prefix else nothing,
         front[..., 1:].sum(-1) if prefix > 1 else nothing,

@@ -54,6 +54,10 @@ class Classes(Analysis):
         self.predictions: Predictions | None = None
         self._layers: tuple[str, ...] = ()
 
+    def reset(self) -> None:
+        super().reset()
+        self.predictions = None
+
     def taps(self, spec: Spec) -> Mapping[str, Tap]:
         return pooled_taps(spec)
 

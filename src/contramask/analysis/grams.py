@@ -26,6 +26,9 @@ CACHED = 2**18  # numbers: 1 MB in float32
 Pool = Literal["flat", "cls", "mean"]
 Cleaning = Literal["raw", "standardised", "trimmed"]
 
+# A spread of float32 numbers that is this little of their square is what rounding leaves.
+ROUNDING = 1e-12
+
 
 class Grams(Analysis):
     """Centred Gram matrices of minibatches of `batch` images, in float32, for `cka`.
@@ -75,6 +78,11 @@ class Grams(Analysis):
         return f"{self.pool}/{cleaning}"
 
     def taps(self, spec: Spec) -> Mapping[str, Tap]:
+        if self.cleaning == "trimmed" and self.top >= spec.dim:
+            raise UserError(
+                f"cka: top is {self.top} of {spec.dim} channels; leave at least one; set top"
+            )
+
         def shrink(tokens: Tensor, label: str) -> Float[Tensor, "G n n"]:
             weigh = None if self.cleaning == "raw" else self._weights
             return grams(self._pool(tokens, spec), self.batch, weigh)
@@ -159,14 +167,17 @@ def grams(
     for gram, part in zip(table, features.split(n), strict=False):
         pieces = part.split(tokens, 1)
         means: Iterable[Tensor] = map(_mean, pieces)  # each when its piece is in the cache
-        weight = None
+        weight, size = None, torch.zeros((), device=features.device)
         if weigh is not None:
             means, variance = _spread(pieces)
             weight = weigh(variance)
         for piece, mean in zip(pieces, means, strict=True):
             x = piece.float() - mean
+            size += mean.square().sum() * n
             x = (x if weight is None else x.mul_(weight)).flatten(1)
             gram.addmm_(x, x.mT)  # in place: autocast does not make it coarser
+        if weight is None:  # what is constant has the rounding of its mean for a Gram matrix
+            gram *= gram.trace() > ROUNDING * size
     return table
 
 
@@ -182,7 +193,8 @@ def _spread(pieces: Sequence[Tensor]) -> tuple[list[Tensor], Float[Tensor, " C"]
         within += (piece - means[-1]).square_().sum((0, 1))
     whole = torch.cat(means)
     _, between = channel_moments(whole[None])
-    return means, within / (len(pieces[0]) * len(whole)) + between
+    variance = within / (len(pieces[0]) * len(whole)) + between
+    return means, variance * (variance > ROUNDING * whole.square().mean(0))
 
 
 def channel_moments(

@@ -73,6 +73,8 @@ class Invariance(Analysis):
                 self.add_moments(f"{name}_{part}", moments)
 
     def readings(self) -> list[Reading]:
+        if "cosines" not in self._defaults:
+            return []  # there were never two images to compare
         tables = self.means("cosines")
         axes = {"feature": self._features, "layer": self._layers}
         found = []

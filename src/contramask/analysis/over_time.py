@@ -10,6 +10,7 @@ from contramask.analysis.grams import GramStack
 from contramask.analysis.reading import Reading
 
 Stacks = dict[str, GramStack]
+LEAST = 0.01  # of the sum of both: below, the network is like neither
 INITIAL, PREVIOUS, COORDINATE = "initial", "previous", "coordinate"
 
 
@@ -103,9 +104,10 @@ def _renamed(reading: Reading, name: str) -> Reading:
 
 
 def _coordinate(a: Reading, b: Reading, names: list[str]) -> Reading:
-    total: Tensor = (a.value + b.value).clamp(min=1e-12)
+    # Unbiased estimates of no similarity are as often below 0.
+    first, second = a.value.clamp(min=0), b.value.clamp(min=0)
+    total: Tensor = first + second
     about = f"CKA with {names[0]} minus that with {names[1]}, over their sum: +1 to -1"
-    missing = a.missing | b.missing
-    return Reading(
-        f"cka/{COORDINATE}", a.axes, (a.value - b.value) / total, "", about, missing=missing
-    )
+    missing = a.missing | b.missing | (total < LEAST)
+    value = (first - second) / total.clamp(min=LEAST)
+    return Reading(f"cka/{COORDINATE}", a.axes, value, "", about, missing=missing)

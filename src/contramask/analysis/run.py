@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contramask.analysis.analysis import Analysis, Seen, share
+from contramask.analysis.grams import Grams
 from contramask.analysis.reading import Reading, by_name
 from contramask.analysis.record import recording
 from contramask.analysis.views import transform
@@ -61,17 +62,18 @@ def analyse(
         batches: normalised images, or batches with a view `clean` of one crop.
         analyses: by name; what they have gathered before is forgotten.
         autocast: forward in bfloat16 where that is safe.
-        chunk: images at once; bounds the memory, whatever the length of batches.
+        chunk: images at once, or as many as make whole minibatches of CKA; bounds the memory,
+            whatever the length of batches.
 
     Raises:
         UserError: no images; an analysis that does not fit the backbone.
     """
+    chunk = whole_minibatches(chunk, analyses)
     start, seen, broken = time.perf_counter(), 0, dict[str, None]()
     device = next(backbone.parameters()).device
     for analysis in analyses.values():
         analysis.reset()
         analysis.to(device)
-        analysis.sync_on_compute = world() > 1
     quotas = {name: share(a.images, rank(), world()) for name, a in analyses.items()}
     replicates = max((a.replicates for a in analyses.values()), default=0)
     with frozen(backbone):
@@ -95,8 +97,15 @@ def analyse(
         )
     for layer in broken:
         log.warning("analysis: activations of %s are not finite; it has no numbers", layer)
-    readings = [r for analysis in analyses.values() for r in analysis.compute().readings]
+    with torch.autocast(device.type, enabled=False):  # votes and spectra are for float32
+        readings = [r for analysis in analyses.values() for r in analysis.compute().readings]
     return Analysed(by_name(readings), sum(counts), time.perf_counter() - start, list(broken))
+
+
+def whole_minibatches(chunk: int, analyses: Mapping[str, Analysis]) -> int:
+    """The length nearest to `chunk` that the longest minibatch divides."""
+    longest = max((a.batch for a in analyses.values() if isinstance(a, Grams)), default=1)
+    return max(1, round(chunk / longest)) * longest
 
 
 def fitting(
@@ -159,7 +168,13 @@ def _chunks(
 def _forward(
     backbone: Backbone, analyses: Mapping[str, Analysis], images: Tensor, keys: Sequence[str]
 ) -> tuple[dict[str, dict[str, dict[str, Tensor]]], Spec]:
-    patch = backbone.spec.patch
+    patch, size = backbone.spec.patch, tuple(images.shape[-2:])
+    if size[0] % patch or size[1] % patch:
+        raise UserError(
+            f"analysis: images of {size[0]} x {size[1]} pixels are no whole number of patches of "
+            f"{patch}; give the backbone images of another size"
+        )
+    images = images.to(next(backbone.parameters()).dtype)
     spec = replace(backbone.spec, grid=(images.shape[2] // patch, images.shape[3] // patch))
     views = {t.view for a in analyses.values() for t in a.taps(spec).values()}
     found: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in analyses}

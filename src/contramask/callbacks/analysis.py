@@ -37,7 +37,7 @@ class AnalysisCallback(pl.Callback):
     anchor; with two anchors also `cka/coordinate/...`, which is +1 where the network is like the
     first and -1 where it is like the second. All tables go to `step-00001000.json` in the folder,
     with figures of curves over depth and of CKA, which go to W&B too. `analysis/seconds` and
-    `analysis/share` are what it costs, the latter of the time since training began.
+    `analysis/share` are what it costs, the latter of the time since this start of training.
 
     Rank 0 works alone, on images it keeps in memory, and the others wait for it. Training is
     bitwise the same with it and without it. Resumed, a run goes on comparing with its own start.
@@ -48,7 +48,8 @@ class AnalysisCallback(pl.Callback):
         images: of the validation set, or of the training set if there is none.
         analyses: which, see `suite.NAMES`.
         anchors: name -> a frozen model, a run or whatever `contramask compare` takes, e.g.
-            {contrastive: runs/moco, masked: runs/mae}.
+            {contrastive: runs/moco, masked: runs/mae}. They are fed the run's images as they are,
+            in its size and normalisation.
         net: whose weights.
         settings: see `suite.Settings`; CKA is of block outputs, without intervals, if None.
         figures: draw and send figures.
@@ -79,6 +80,7 @@ class AnalysisCallback(pl.Callback):
         self.anchors = dict(anchors or {})
         self.course = Course()
         self._images: Any = None  # one batch, on the host
+        self._told = False  # that there are too few images for CKA
         self._seen, self._off, self._spent, self._began = 0, False, 0.0, 0.0
 
     # ---- when --------------------------------------------------------------------------------
@@ -158,8 +160,10 @@ class AnalysisCallback(pl.Callback):
         return first
 
     def _anchor(self, path: str, data: CleanData, device: torch.device) -> dict[str, GramStack]:
-        backbone, _ = Source.parse(path).load()
         grams = {k: a for k, a in self.analyses.items() if isinstance(a, Grams)}
+        if not grams:
+            raise UserError("anchors are compared by cka; put it into analysis.analyses")
+        backbone, _ = Source.parse(path).load()
         analyse(backbone.to(device), [data.to_device(self._images, device)], grams)
         return self._stacks()
 
@@ -176,11 +180,11 @@ class AnalysisCallback(pl.Callback):
             images = data.to_device(self._images, pl_module.device)
             try:
                 found = analyse(network(pl_module, self.net), [images], self.analyses)
-                compared = self.course.compare(self._stacks())
             except UserError as error:
                 log.warning("analyses are off: %s", error)
                 self._off = True
                 return
+            compared = self.course.compare(self._stacks())
         self._tell(trainer, found, compared)
         self._spent += time.perf_counter() - start
         elapsed = max(time.perf_counter() - self._began, 1e-9)
@@ -188,7 +192,16 @@ class AnalysisCallback(pl.Callback):
         self._log(trainer, {**cost, "analysis/share": self._spent / elapsed})
 
     def _stacks(self) -> dict[str, GramStack]:
-        return {a.name: a.stack() for a in self.analyses.values() if isinstance(a, Grams)}
+        stacks = {}
+        for analysis in self.analyses.values():
+            if isinstance(analysis, Grams):
+                try:
+                    stacks[analysis.name] = analysis.stack()
+                except UserError as error:  # too few images; all else is told
+                    if not self._told:
+                        log.warning("analysis: %s", error)
+                    self._told = True
+        return stacks
 
     # ---- where it goes -------------------------------------------------------------------------
 

@@ -221,9 +221,8 @@ class Checkpoints(Checkpoint):
         """
         if self.monitor is None:
             return False
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
-            return False
+        # Asked of all ranks: some values, such as those of analyses, are known to the first alone.
+        value = trainer.callback_metrics.get(self.monitor, math.nan)
         now = float(trainer.strategy.broadcast(float(value)))
         sign = 1 if self.mode == "max" else -1
         if math.isnan(now) or (self.best is not None and sign * now <= sign * self.best):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from contramask.checkpoints.architecture import Wishes
-from contramask.checkpoints.export import SHEET, load_backbone
+from contramask.checkpoints.export import SHEET, WEIGHTS, load_backbone
 from contramask.checkpoints.importing import import_backbone
 from contramask.checkpoints.layouts.layout import IMAGENET
 from contramask.models.backbone import Backbone
@@ -16,7 +16,7 @@ TIMM = "timm/"
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it was given: `PATH`, `NAME=PATH`, or `timm/MODEL=PATH`."""
+    """A model as it was given: `PATH` or `timm/MODEL=PATH`, with `NAME=` before."""
 
     name: str
     path: Path
@@ -25,21 +25,24 @@ class Source:
     @classmethod
     def parse(cls, text: str) -> "Source":
         """Raises `UserError` where nothing is there."""
-        label, equals, rest = text.partition("=")
-        if not equals or Path(text).exists():
-            label, rest = "", text
+        labels, rest = [], text
+        while "=" in rest and not Path(rest).exists():
+            label, _, rest = rest.partition("=")
+            labels.append(label)
         path = Path(rest)
         if not path.exists():
             raise UserError(
                 f"there is no {path}; a model is a run, a folder with backbone.safetensors, or a "
                 "checkpoint file, with a name of your choice as NAME=PATH"
             )
-        timm = label.removeprefix(TIMM) if label.startswith(TIMM) else None
-        return cls(timm or label or path.resolve().stem, path, timm)
+        timm = next((x.removeprefix(TIMM) for x in labels if x.startswith(TIMM)), None)
+        chosen = next((x for x in labels if not x.startswith(TIMM)), None)
+        name = path.resolve().name if path.is_dir() else path.resolve().stem
+        return cls(chosen or timm or name, path, timm)
 
     def load(self) -> tuple[Backbone, dict[str, Any]]:
         """The backbone and what is known of it: `step`, `net`, and `data` it was fed with."""
-        exported = self.path.is_dir() or (self.path.parent / SHEET).is_file()
+        exported = self.path.is_dir() or self.path.name in (WEIGHTS, SHEET)
         if exported and self.timm is None:
             backbone, sheet = load_backbone(self.path)
             return backbone, {

@@ -103,29 +103,38 @@ def _study(
     sources: list[Source], feed: Feed, out: Path, config: Namespace, console: Console
 ) -> Study:
     portraits: dict[str, Portrait] = {}
+    notes: list[str] = []
     with _progress(console) as progress:
         for source in sources:
             task = progress.add_task(source.name, total=feed.images)
-            portrait = portrait_of(
-                source,
-                feed,
-                out / "models" / source.name.replace("/", "_"),
-                config.analyses,
-                config.settings,
-                told=lambda done, task=task: progress.update(task, completed=done),
-            )
+            try:
+                portrait = portrait_of(
+                    source,
+                    feed,
+                    out / "models" / source.name.replace("/", "_"),
+                    config.analyses,
+                    config.settings,
+                    told=lambda done, task=task: progress.update(task, completed=done),
+                )
+            except UserError as error:  # the others go on
+                notes.append(f"{source.name} is left out: {error}")
+                continue
             seen = portrait.about["images"]
             progress.update(task, completed=seen, total=seen)
             portraits[source.name] = portrait
-        count = len(sources) * (len(sources) + 1) // 2
+        if not portraits:
+            raise UserError("; ".join(notes))
+        count = len(portraits) * (len(portraits) + 1) // 2
         task = progress.add_task("pairs", total=count)
         seen = max(p.about["images"] for p in portraits.values())
-        return study_of(
+        study = study_of(
             portraits,
             feed.about() | {"images": seen},
             replicates=config.settings.replicates,
             told=lambda a, b: progress.advance(task),
         )
+    study.notes += notes
+    return study
 
 
 def _write(study: Study, out: Path, console: Console, *, report: bool) -> None:

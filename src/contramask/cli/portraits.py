@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from contramask.analysis.geometry import Geometry
 from contramask.analysis.pairs import channels
@@ -113,7 +114,7 @@ def portrait_of(
     portrait = Portrait.of(about, found.readings, chosen, images.mean, images.std, notes)
     try:
         portrait.save(folder, digest)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         log.warning("%s cannot be written (%s); the report goes on without it", folder, error)
     return portrait
 
