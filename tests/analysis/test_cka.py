@@ -128,6 +128,13 @@ def test_a_layer_that_tells_nothing_apart_is_missing():
     assert compare(x, stack_of(broken))[0].missing.all()
 
 
+def test_autocast_makes_gram_matrices_no_coarser():
+    x = randn(12, 5, 7)
+    plain = grams(x, N)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(grams(x, N), plain)
+
+
 def test_few_minibatches_have_no_interval():
     few = compare(stack_of(randn(42, 1, 7)), stack_of(randn(42, 1, 5, seed=1)), replicates=9)
     many = compare(stack_of(randn(48, 1, 7)), stack_of(randn(48, 1, 5, seed=1)), replicates=9)
