@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contramask.functional.neighbours import nearest
+from contramask.functional.neighbours import nearest, tally
 from contramask.types import UserError
 
 
@@ -51,10 +51,4 @@ def leave_one_out_votes(
     # among the k + 1, all of them are others and the last is one too many.
     order = (places == every[:, None]).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(ks)]
     weights = (products.gather(1, order) / temperature).exp()
-    chosen = labels[places.gather(1, order)]
-    votes, found = x.new_zeros((len(x), classes)), dict[int, Tensor]()
-    for j in range(max(ks)):  # one neighbour at a time: one order of the sums on every device
-        votes[every, chosen[:, j]] += weights[:, j]
-        if j + 1 in ks:
-            found[j + 1] = votes.clone()
-    return {k: found[k] for k in ks}
+    return tally(weights, labels[places.gather(1, order)], ks=ks, classes=classes)

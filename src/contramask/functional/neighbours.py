@@ -68,9 +68,22 @@ def vote(
     if not ks or min(ks) < 1:
         raise UserError(f"k-NN: ks is {list(ks)}; allowed are numbers of at least 1; set ks")
     products, places = nearest(queries, bank, k=max(ks), elements=elements)
-    weights, chosen = (products / temperature).exp(), labels[places]  # (Q, k) both
-    votes = queries.new_zeros((len(queries), classes))
-    every = torch.arange(len(queries), device=queries.device)
+    return tally((products / temperature).exp(), labels[places], ks=ks, classes=classes)
+
+
+def tally(
+    weights: Float[Tensor, "Q k"], chosen: Int[Tensor, "Q k"], *, ks: tuple[int, ...], classes: int
+) -> dict[int, Float[Tensor, "Q C"]]:
+    """Votes per class of the first k neighbours, for each k in the order of `ks`.
+
+    Args:
+        weights: of each neighbour, nearest first.
+        chosen: the label it votes for.
+        ks: how many vote.
+        classes: the number of classes C.
+    """
+    votes = weights.new_zeros((len(weights), classes))
+    every = torch.arange(len(weights), device=weights.device)
     found: dict[int, Tensor] = {}
     # One neighbour at a time: no two votes of a step meet in one cell, so the sum has one order on
     # every device, where a scatter-add on a GPU would not.
