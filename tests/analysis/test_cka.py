@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from contramask.analysis.cka import compare
-from contramask.analysis.grams import SUBLAYERS, Grams, GramStack, grams
+from contramask.analysis.grams import SUBLAYERS, Grams, GramStack, grams, standardise
 from contramask.analysis.run import analyse
 from contramask.types import UserError
 from tests.builders import SIZE, randn, tiny_vit
@@ -151,6 +151,14 @@ def test_what_is_constant_is_missing_whatever_rounding_leaves(cleaning):
         found = compare(stack, stack)[0]
         assert found.missing[:2].all()  # of the first block, whose class token no image moved
         assert not found.missing[2:, 2:].any()
+
+
+@pytest.mark.parametrize("weigh", [None, standardise])
+def test_a_last_bit_is_no_feature(weigh):
+    x = 3.0 + 2e-7 * randn(12, 5, 7)  # some are the next float32
+    assert x.unique().numel() > 1
+    assert (grams(x, N, weigh) == 0).all()
+    assert (grams(x + 1e-3 * randn(12, 5, 7, seed=1), N, weigh).diagonal(dim1=1, dim2=2) > 0).all()
 
 
 def test_cleaned_channels():
