@@ -21,7 +21,8 @@ from torch import Tensor
 from contramask.checkpoints.export import load_backbone
 from contramask.data.examples import Images
 from contramask.data.module import ImageShards
-from contramask.probes.features import extract
+from contramask.probes.extraction import extract
+from contramask.probes.features import Feature
 from contramask.probes.knn import KNN
 from contramask.probes.linear import LinearProbe, LinearRecipe
 
@@ -96,7 +97,9 @@ def main() -> None:
         data, found = shards(given.data, sheet["data"]), []
         for source in SOURCES:
             found += scores(
-                bank(data, lambda b, s=source: extract(backbone, b, source=s)), classes, seed
+                bank(data, lambda b, s=source: extract(backbone, b, feature=Feature(pool=s))),
+                classes,
+                seed,
             )
         return found
 

@@ -10,7 +10,8 @@ import torch
 
 from contramask import distributed
 from contramask.callbacks.online_probes import ONLINE, OnlineProbes
-from contramask.probes.features import extract
+from contramask.probes.extraction import extract
+from contramask.probes.features import Feature
 from contramask.probes.knn import KNN
 from contramask.probes.linear import LinearProbe
 from contramask.types import UserError
@@ -71,8 +72,10 @@ def test_online_and_offline_features_are_bitwise_equal(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         LinearProbe, "fit", lambda self, x, y: seen.update(linear=x) or fit(self, x, y)
     )
-    module, *_ = train(probes(source="cls+mean"))
-    x, _ = extract(module.backbone, TinyData().clean_dataloader("train"), source="cls+mean")
+    module, *_ = train(probes(feature=Feature(pool="cls+mean")))
+    x, _ = extract(
+        module.backbone, TinyData().clean_dataloader("train"), feature=Feature(pool="cls+mean")
+    )
     assert torch.equal(seen["knn"], x)
     assert torch.equal(seen["linear"], x)
 

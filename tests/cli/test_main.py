@@ -39,7 +39,7 @@ def test_version(capsys):
     [
         (["pretrian"], "did you mean 'pretrain'"),
         (["xyz"], "verbs are quickstart"),
-        (["probe", "lineer", "runs/x"], "there are linear, knn"),
+        (["probe", "lineer", "runs/x"], "did you mean 'linear'"),
         (["pretrain", "-c", "none.yaml"], "none.yaml"),
         (["pretrain", "--model.optim.clipp=1"], "did you mean clip"),
         (["pretrain", "--model.wieghts=1"], "did you mean model.weights"),

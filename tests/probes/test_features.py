@@ -6,32 +6,33 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from contramask.data.examples import CLEAN as DATA_CLEAN
-from contramask.probes.features import CLEAN, extract, features, frozen, gather_rows, read, width
+from contramask.probes.extraction import extract, gather_rows, read
+from contramask.probes.features import CLEAN, Feature, features, frozen
 from contramask.types import Batch, UserError
 from tests.probes.tiny import GRID, SIZE, D, TinyBackbone, batches
 
 B = 5
 
 
-def test_the_sources_are_class_token_mean_of_patches_and_both():
+def test_the_pools_are_class_token_mean_of_patches_and_both():
     backbone, image = TinyBackbone().eval(), torch.randn(B, 3, *SIZE)
     tokens = backbone(image)
     assert tokens.patch.shape == (B, GRID[0] * GRID[1], D)
     cls, mean = tokens.prefix[:, 0], tokens.patch.sum(1) / 6  # the register is in neither
     torch.testing.assert_close(features(backbone, image), cls)
-    torch.testing.assert_close(features(backbone, image, source="mean"), mean)
-    both = features(backbone, image, source="cls+mean")
+    torch.testing.assert_close(features(backbone, image, pool="mean"), mean)
+    both = features(backbone, image, pool="cls+mean")
     torch.testing.assert_close(both, torch.cat([cls, mean], 1))
-    for source in ("cls", "mean", "cls+mean"):
-        found = features(backbone, image, source=source)
-        assert found.shape[1] == width(backbone.spec, source)
+    for pool in ("cls", "mean", "cls+mean"):
+        found = features(backbone, image, pool=pool)
+        assert found.shape[1] == Feature(pool=pool).width(backbone.spec)
 
 
 def test_a_backbone_without_class_token_is_named():
     backbone, image = TinyBackbone(tokens=0).eval(), torch.randn(B, 3, *SIZE)
     with pytest.raises(UserError, match="no class token; allowed is mean"):
         features(backbone, image)
-    assert features(backbone, image, source="mean").shape == (B, D)
+    assert features(backbone, image, pool="mean").shape == (B, D)
 
 
 def test_features_are_refused_in_train_mode():
@@ -63,7 +64,7 @@ def test_extract_reads_every_labelled_image_once_and_leaves_the_backbone_as_it_w
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     random = torch.get_rng_state()
     parts = batches((4, 3, 6), unlabelled=2)
-    x, y = extract(backbone, parts, source="cls+mean")
+    x, y = extract(backbone, parts, feature=Feature(pool="cls+mean"))
     assert x.shape == (11, 2 * D)
     assert x.dtype == torch.float32
     assert not x.requires_grad
@@ -72,7 +73,7 @@ def test_extract_reads_every_labelled_image_once_and_leaves_the_backbone_as_it_w
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
     backbone.eval()
-    assert torch.equal(x[2:5], features(backbone, parts[1]["views"][CLEAN][0], source="cls+mean"))
+    assert torch.equal(x[2:5], features(backbone, parts[1]["views"][CLEAN][0], pool="cls+mean"))
 
 
 def test_extract_of_nothing_is_no_row():
@@ -83,8 +84,8 @@ def test_extract_of_nothing_is_no_row():
 
 def test_autocast_computes_in_bfloat16_and_returns_float32():
     backbone, parts = TinyBackbone(), batches((6,))
-    exact, _ = extract(backbone, parts, source="mean")
-    rough, _ = extract(backbone, parts, source="mean", autocast=True)
+    exact, _ = extract(backbone, parts, feature=Feature(pool="mean"))
+    rough, _ = extract(backbone, parts, feature=Feature(pool="mean"), autocast=True)
     assert rough.dtype == torch.float32
     assert not torch.equal(exact, rough)
     torch.testing.assert_close(exact, rough, rtol=0, atol=0.05)
@@ -94,7 +95,7 @@ def test_a_batch_without_clean_view_is_named():
     batch = Batch(views={"global": torch.zeros(2, B, 3, *SIZE)}, label=torch.zeros(B).long(),
                   position=0)  # fmt: skip
     with pytest.raises(UserError, match=r"views \['global'\]; probes read one named 'clean'"):
-        read(TinyBackbone().eval(), batch)
+        read(TinyBackbone().eval(), batch, [Feature()])
 
 
 def test_data_and_probes_call_the_clean_view_alike():

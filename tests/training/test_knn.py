@@ -5,7 +5,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from contramask import distributed
-from contramask.probes.features import extract
+from contramask.probes.extraction import extract
+from contramask.probes.features import Feature
 from contramask.probes.knn import KNN
 from contramask.training.clean_loaders import CleanImages, check_loaders
 from contramask.training.knn import KNNEvaluation
@@ -23,10 +24,10 @@ pytestmark = [
 
 def test_its_numbers_are_those_of_the_probe_on_extracted_features():
     backbone, data = TinyBackbone(), TinyData()
-    module = KNNEvaluation(backbone, ks=(1, 4, 20), source="mean")
+    module = KNNEvaluation(backbone, ks=(1, 4, 20), feature=Feature(pool="mean"))
     (logged, *_) = trainer().validate(module, datamodule=CleanImages(data), verbose=False)
-    x, y = extract(backbone, data.clean_dataloader("train"), source="mean")
-    v, w = extract(backbone, data.clean_dataloader("val"), source="mean")
+    x, y = extract(backbone, data.clean_dataloader("train"), feature=Feature(pool="mean"))
+    v, w = extract(backbone, data.clean_dataloader("val"), feature=Feature(pool="mean"))
     probe = KNN(CLASSES, ks=(1, 4, 20))
     probe.fit(x, y)
     values = module.result["values"]
@@ -36,7 +37,7 @@ def test_its_numbers_are_those_of_the_probe_on_extracted_features():
         assert values[f"k{k}_top1"] == pytest.approx(right)
         assert logged[f"knn/k{k}_top1"] == pytest.approx(right)
     assert values["k20_top1"] > 2 / CLASSES
-    assert "bank of 50 train images; feature mean" in module.result["protocol"]
+    assert "bank of 50 train images; mean of patches" in module.result["protocol"]
 
 
 def test_a_k_larger_than_the_bank_is_named():

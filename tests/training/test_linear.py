@@ -6,7 +6,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from contramask.probes.features import extract
+from contramask.probes.extraction import extract
+from contramask.probes.features import Feature
 from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.training.clean_loaders import CleanImages
 from contramask.training.linear import LinearEvaluation
@@ -31,10 +32,12 @@ def trainer(**options) -> pl.Trainer:
 
 def test_its_numbers_are_those_of_the_probe_on_extracted_features():
     backbone, data = TinyBackbone(), TinyData()
-    module = LinearEvaluation(backbone, recipe=RECIPE, source="cls+mean", transform="resize 9")
+    module = LinearEvaluation(
+        backbone, recipe=RECIPE, feature=Feature(pool="cls+mean"), transform="resize 9"
+    )
     (logged, *_) = trainer().validate(module, datamodule=CleanImages(data), verbose=False)
-    x, y = extract(backbone, data.clean_dataloader("train"), source="cls+mean")
-    v, w = extract(backbone, data.clean_dataloader("val"), source="cls+mean")
+    x, y = extract(backbone, data.clean_dataloader("train"), feature=Feature(pool="cls+mean"))
+    v, w = extract(backbone, data.clean_dataloader("val"), feature=Feature(pool="cls+mean"))
     probe = LinearProbe(x.shape[1], CLASSES, recipe=RECIPE)
     probe.fit(x, y)
     assert torch.equal(module.probe.weight, probe.weight)  # bitwise: one path to features
@@ -49,7 +52,14 @@ def test_its_numbers_are_those_of_the_probe_on_extracted_features():
     assert values["rate"] in RECIPE.rates
     assert module.result["sweep"] == probe.sweep
     assert logged["linear/top1"] == pytest.approx(values["top1"])
-    for fact in ("cls+mean", "resize 9", "SGD", "best of 2", "10% of train", "17 val images"):
+    for fact in (
+        "class token and mean of the last block",
+        "resize 9",
+        "SGD",
+        "best of 2",
+        "10% of train",
+        "17 val images",
+    ):
         assert fact in module.result["protocol"]
 
 

@@ -7,12 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contramask.analysis.analysis import Tap
+from contramask.probes.features import Pool, pooled
 from contramask.types import Spec, Tokens
 
-FEATURES = ("cls", "mean")
+FEATURES: tuple[Pool, ...] = ("cls", "mean")
 
 
-def features_of(prefix: int) -> tuple[str, ...]:
+def features_of(prefix: int) -> tuple[Pool, ...]:
     """Which features there are with so many tokens that are no patches."""
     return FEATURES if prefix else FEATURES[1:]
 
@@ -42,5 +43,5 @@ def stack(
 
 
 def _pool(prefix: Tensor, patches: Tensor) -> Float[Tensor, "B F D"]:
-    mean = patches.float().mean(1, keepdim=True)
-    return torch.cat([prefix[:, :1].float(), mean], 1)
+    pools = features_of(prefix.shape[1])
+    return torch.stack([pooled(prefix, patches, pool) for pool in pools], 1)

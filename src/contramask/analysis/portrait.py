@@ -1,6 +1,5 @@
 """Everything that was found of one model, kept on disk, so that no model is analysed twice."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from contramask.analysis.analysis import Analysis
 from contramask.analysis.classes import Classes, Predictions
@@ -117,15 +116,6 @@ class Portrait:
         portrait.points = {k: v.numpy() for k, v in _under(arrays, "points/").items()}
         portrait.notes = sheet["notes"]
         return portrait
-
-
-def digest_of(weights: nn.Module, *settings: Any) -> str:
-    """A checksum of weights and of whatever else the result hangs on."""
-    found = hashlib.sha256(repr(settings).encode())
-    for name, value in sorted(weights.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _under(arrays: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

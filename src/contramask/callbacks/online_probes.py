@@ -14,7 +14,7 @@ import torch
 from contramask.distributed import mean
 from contramask.models.backbone import Backbone
 from contramask.probes.evaluation import SPLITS, CleanData, TrainAndVal
-from contramask.probes.features import Source, frozen
+from contramask.probes.features import CLS, Feature, frozen
 from contramask.probes.knn import KNN
 from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.types import UserError
@@ -46,7 +46,7 @@ class OnlineProbes(pl.Callback):
         val: int = 5000,
         ks: tuple[int, ...] = (1, 20),
         linear: LinearRecipe = ONLINE,
-        source: Source = "cls",
+        feature: Feature = CLS,
         net: Literal["student", "teacher"] = "student",
         autocast: bool = False,
     ):
@@ -59,7 +59,7 @@ class OnlineProbes(pl.Callback):
             val: validation images, over all ranks.
             ks: neighbours that vote.
             linear: how the linear probe is trained, from scratch each time.
-            source: which feature.
+            feature: which.
             net: whose weights.
             autocast: bfloat16 forward.
         """
@@ -67,7 +67,7 @@ class OnlineProbes(pl.Callback):
             raise UserError(f"online probes: every is {every}; allowed is at least 1; set every")
         self.every, self.limits = every, (bank, val)
         self.ks, self.linear = ks, linear
-        self.source: Source = source
+        self.feature = feature
         self.net, self.autocast = net, autocast
         self._seen, self._off = 0, False
 
@@ -111,7 +111,7 @@ class OnlineProbes(pl.Callback):
 
     def _read(self, trainer: pl.Trainer, backbone: Backbone) -> TrainAndVal:
         """Features of both splits."""
-        rows = TrainAndVal(backbone, source=self.source, autocast=self.autocast)
+        rows = TrainAndVal(backbone, feature=self.feature, autocast=self.autocast)
         data = clean_data(trainer)
         with frozen(backbone):
             for index, (split, limit) in enumerate(zip(SPLITS, self.limits, strict=True)):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from contramask.analysis.geometry import Geometry
 from contramask.analysis.pairs import channels
-from contramask.analysis.portrait import Portrait, digest_of
+from contramask.analysis.portrait import Portrait
 from contramask.analysis.reading import Reading
 from contramask.analysis.run import analyse, fitting
 from contramask.analysis.suite import Settings, suite
@@ -19,6 +19,7 @@ from contramask.checkpoints.sources import Source
 from contramask.data.examples import Images
 from contramask.data.module import ImageShards
 from contramask.models.backbone import Backbone
+from contramask.models.digest import digest_of
 from contramask.types import Batch, UserError
 
 log = logging.getLogger(__name__)

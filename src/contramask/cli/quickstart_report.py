@@ -12,7 +12,8 @@ from contramask.data.module import Images, ImageShards
 from contramask.data.procedural_scene import TEXTURES
 from contramask.models.backbone import Backbone
 from contramask.probes.evaluation import Split
-from contramask.probes.features import extract
+from contramask.probes.extraction import extract
+from contramask.probes.features import Feature
 from contramask.probes.knn import KNN
 from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.report.figures import bars, curves
@@ -45,7 +46,7 @@ def probe(backbone: Backbone, data: ImageShards, *, seed: int) -> dict[str, floa
     parts: tuple[tuple[Split, int], ...] = (("train", BANK), ("val", VAL))
     for split, limit in parts:
         batches = (data.to_device(b, "cpu") for b in data.clean_dataloader(split, limit))
-        found.append(extract(backbone, batches, source="mean"))
+        found.append(extract(backbone, batches, feature=Feature(pool="mean")))
     (x, y), (x_val, y_val) = found
     values = {}
     for name, one, other in (

@@ -32,6 +32,10 @@ class Backbone(nn.Module, ABC):
         """The attention of every block, in a form that `attend` takes; empty: it has none."""
         return []
 
+    def normed(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The last norm, over tokens of any block; without one they stay as they are."""
+        return tokens
+
     @abstractmethod
     def forward(
         self,

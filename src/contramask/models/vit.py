@@ -111,6 +111,9 @@ class VisionTransformer(Backbone):
     def sites(self) -> dict[str, nn.Module]:
         return {name: module for name, module in self.vit.named_modules() if name}
 
+    def normed(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.vit.norm(tokens)
+
     def attentions(self) -> list[nn.Module]:
         return [block.get_submodule("attn") for block in self.vit.blocks]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from contramask.distributed import gather
 from contramask.models.backbone import Backbone
-from contramask.probes.features import Rows, Source, gather_rows, read, width
+from contramask.probes.extraction import Rows, gather_rows, read
+from contramask.probes.features import CLS, Feature
 from contramask.probes.probe import accuracy
 from contramask.types import Batch, UserError
 
@@ -49,18 +50,18 @@ class TrainAndVal:
         self,
         backbone: Backbone,
         *,
-        source: Source = "cls",
+        feature: Feature = CLS,
         autocast: bool = False,
         store: torch.device | None = None,
     ):
         self.backbone, self.autocast = backbone, autocast
-        self.source: Source = source
+        self.feature = feature
         self.device = next(backbone.parameters()).device
-        self.parts = [Rows(width(backbone.spec, source), store or self.device) for _ in range(2)]
+        self.parts = [Rows(feature.width(backbone.spec), store or self.device) for _ in range(2)]
 
     def add(self, batch: Batch, loader: int) -> None:
         """The features of one batch of train (0) or val (1)."""
-        x, y = read(self.backbone, batch, source=self.source, autocast=self.autocast)
+        (x,), y = read(self.backbone, batch, [self.feature], autocast=self.autocast)
         self.parts[loader].add(x, y)
 
     def train(self) -> tuple[Tensor, Tensor]:

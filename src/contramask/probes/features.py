@@ -1,61 +1,196 @@
-"""Images to the features that probes read: one function, online and offline, to train and to score.
+"""Images to the features that probes read: one function, to train and to score, on and offline.
 
-Features come from a backbone in eval mode, after its final norm, without gradient, in float32.
+Features come from a backbone in eval mode, without gradient, in float32. Linear probes, banks of
+k-NN, dense probes and the analyses of depth all read through this file, so that no two of them can
+mean different features by one name.
 """
 
-from collections.abc import Generator, Iterable
+import re
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from contramask.distributed import gather, world
+from contramask.errors import need_one_of
 from contramask.models.backbone import Backbone
-from contramask.types import Batch, Spec, UserError
+from contramask.types import Spec, Tokens, UserError
 
-Source = Literal["cls", "mean", "cls+mean"]
+Pool = Literal["cls", "mean", "cls+mean"]
+Norm = Literal["final", "none"]
 
 # The view that probes read: one crop of each image, without augmentation.
 CLEAN = "clean"
 
-# Rows that travel between ranks at once: 200 MB of 768 floats.
-ROWS = 65536
+_SOURCE = re.compile(r"last([1-9]\d*)?|block_(\d+)")
 
 
-def width(spec: Spec, source: Source) -> int:
-    """F, the length of a feature."""
-    return spec.dim * len(source.split("+"))
+@dataclass(frozen=True)
+class Feature:
+    """Which feature of an image: where in depth, how its tokens become one vector, and how normed.
+
+    Attributes:
+        source: `last`, the last block; `last4`, the last four side by side, shallow first (DINO);
+            `block_07`, the output of that block, counted from 0.
+        pool: `cls` (MAE, MoCo v3, DINO); `mean` of the patches, without class token and registers;
+            `cls+mean`, both side by side; of several blocks all class tokens and the mean of the
+            last (iBOT, DINOv2).
+        norm: `final`, the backbone's last norm over the tokens of every block that is read, before
+            they are pooled (DINO); `none`, the blocks' outputs as they are (BEiT).
+
+    Raises:
+        UserError: for any other word.
+    """
+
+    source: str = "last"
+    pool: Pool = "cls"
+    norm: Norm = "final"
+
+    def __post_init__(self) -> None:
+        if not _SOURCE.fullmatch(self.source):
+            raise UserError(
+                f"feature: source is {self.source!r}; allowed are last, last4 (so many blocks) and "
+                "block_07 (counted from 0); set source"
+            )
+        need_one_of(self.pool, Pool, "feature: pool", "pool")
+        need_one_of(self.norm, Norm, "feature: norm", "norm")
+
+    @classmethod
+    def parse(cls, text: str) -> "Feature":
+        """`SOURCE/POOL/NORM`; last words may be missing: `last4/cls`, `block_07/mean/none`."""
+        words = text.split("/")
+        if len(words) > 3:
+            raise UserError(f"feature: {text!r} is no SOURCE/POOL/NORM such as last4/cls/final")
+        for word, allowed, name in zip(words[1:], (Pool, Norm), ("pool", "norm"), strict=False):
+            need_one_of(word, allowed, f"feature: {name}", name)
+        return cls(*words)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.pool}/{self.norm}"
+
+    def about(self) -> str:
+        """In words, for a protocol."""
+        found = _SOURCE.fullmatch(self.source)
+        assert found is not None
+        where = f"the last {found[1]} blocks" if found[1] else self.source.replace("_", " ")
+        if self.source in ("last", "last1"):
+            where = "the last block"
+        what = {"cls": "class token", "mean": "mean of patches", "cls+mean": "class token and mean"}
+        normed = "after the final norm" if self.norm == "final" else "without the final norm"
+        return f"{what[self.pool]} of {where} {normed}"
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks that are read, from 0, shallow first. Raises `UserError` if one is missing."""
+        found = _SOURCE.fullmatch(self.source)
+        assert found is not None
+        count, block = int(found[1] or 1), found[2]
+        first, last = (depth - count, depth - 1) if block is None else (int(block), int(block))
+        if first < 0 or last >= depth:
+            raise UserError(
+                f"feature: source is {self.source!r}; the backbone has {depth} blocks, block_00 to "
+                f"block_{depth - 1:02d}; set source"
+            )
+        return tuple(range(first, last + 1))
+
+    def width(self, spec: Spec) -> int:
+        """F, the length of the feature."""
+        return spec.dim * (len(self.blocks(spec.depth)) + (self.pool == "cls+mean"))
+
+
+# What is read unless something else is asked for.
+CLS = Feature()
 
 
 def features(
-    backbone: Backbone, images: Float[Tensor, "B 3 H W"], *, source: Source = "cls"
+    backbone: Backbone,
+    images: Float[Tensor, "B 3 H W"],
+    *,
+    source: str = "last",
+    pool: Pool = "cls",
+    norm: Norm = "final",
 ) -> Float[Tensor, "B F"]:
-    """Features of images: the class token, the mean of the patches, or both side by side.
+    """One feature of images; see `Feature` for the words.
 
     Args:
         backbone: in eval mode, see `frozen`.
         images: normalised.
-        source: `cls` (MAE, MoCo v3, DINO), `mean` (without class token and registers), `cls+mean`.
+        source: where in depth, see `Feature`.
+        pool: how tokens become one vector.
+        norm: the backbone's final one, or none.
 
     Raises:
-        UserError: for `cls` of a backbone that has no class token.
+        UserError: for `cls` of a backbone that has no class token, or a block it does not have.
     """
+    return feature_set(backbone, images, [Feature(source, pool, norm)])[0]
+
+
+def feature_set(
+    backbone: Backbone, images: Float[Tensor, "B 3 H W"], wanted: Sequence[Feature]
+) -> list[Float[Tensor, "B _"]]:
+    """Several features of images from one forward, in the order of `wanted`; see `features`."""
+    read = _read_blocks(backbone, images, wanted)
+    return [_vector(read, f, backbone.spec) for f in wanted]
+
+
+def patch_features(
+    backbone: Backbone,
+    images: Float[Tensor, "B 3 H W"],
+    *,
+    source: str = "last",
+    norm: Norm = "final",
+) -> Float[Tensor, "B N F"]:
+    """The patches of images, row by row, in place of one vector; of several blocks side by side."""
+    feature = Feature(source, "mean", norm)
+    read = _read_blocks(backbone, images, [feature])
+    blocks = feature.blocks(backbone.spec.depth)
+    return torch.cat([read[b, norm][1].float() for b in blocks], dim=2)
+
+
+def pooled(
+    prefix: Float[Tensor, "B R D"], patches: Float[Tensor, "B N D"], pool: Pool
+) -> Float[Tensor, "B F"]:
+    """Tokens to one vector. Raises `UserError` for the class token of a backbone without one."""
+    if "cls" in pool and prefix.shape[1] == 0:
+        raise UserError(
+            f"features: pool is {pool!r}, but this backbone has no class token; allowed is mean; "
+            "set pool"
+        )
+    parts = [prefix[:, 0].float()] if "cls" in pool else []
+    if "mean" in pool:
+        parts.append(patches.float().mean(1))
+    return torch.cat(parts, dim=1)
+
+
+_Read = dict[tuple[int, str], tuple[Tensor, Tensor]]
+
+
+def _read_blocks(backbone: Backbone, images: Tensor, wanted: Sequence[Feature]) -> _Read:
+    """(block, norm) -> (prefix, patches)."""
     assert not backbone.training, "features are read in eval mode: with frozen(backbone): ..."
-    tokens = backbone(images)
-    parts = []
-    if "cls" in source:
-        if tokens.prefix.shape[1] == 0:
-            raise UserError(
-                f"features: source is {source!r}, but this backbone has no class token; allowed "
-                "is mean; set source"
-            )
-        parts.append(tokens.cls)
-    if "mean" in source:
-        parts.append(tokens.patch.mean(1))
-    return torch.cat(parts, dim=1).float()
+    last = backbone.spec.depth - 1
+    asked = {(b, f.norm) for f in wanted for b in f.blocks(last + 1)}
+    inner = sorted({b for b, norm in asked if (b, norm) != (last, "final")})
+    tokens: Tokens = backbone(images, layers=tuple(inner))
+    count, read = tokens.prefix.shape[1], {}
+    for block, norm in asked:
+        if (block, norm) == (last, "final"):
+            read[block, norm] = (tokens.prefix, tokens.patch)
+            continue
+        x = tokens.layers[block]
+        x = backbone.normed(x) if norm == "final" else x
+        read[block, norm] = (x[:, :count], x[:, count:])
+    return read
+
+
+def _vector(read: _Read, feature: Feature, spec: Spec) -> Float[Tensor, "B F"]:
+    blocks = feature.blocks(spec.depth)
+    if feature.pool != "cls+mean":
+        return torch.cat([pooled(*read[b, feature.norm], feature.pool) for b in blocks], dim=1)
+    parts = [pooled(*read[b, feature.norm], "cls") for b in blocks]
+    return torch.cat([*parts, pooled(*read[blocks[-1], feature.norm], "mean")], dim=1)
 
 
 @contextmanager
@@ -70,120 +205,3 @@ def frozen(module: nn.Module) -> Generator[None]:
         # One by one: train() would set all submodules alike.
         for part, mode in modes:
             part.training = mode
-
-
-def read(
-    backbone: Backbone, batch: Batch, *, source: Source = "cls", autocast: bool = False
-) -> tuple[Float[Tensor, "B F"], Int[Tensor, " B"]]:
-    """Features and labels of a batch, from its view `clean` of one crop.
-
-    Args:
-        backbone: in eval mode.
-        batch: normalised images on any device.
-        source: see `features`.
-        autocast: compute in bfloat16 where that is safe; features are float32 all the same.
-
-    Raises:
-        UserError: for a batch without that view.
-    """
-    views = batch["views"]
-    if CLEAN not in views:
-        raise UserError(
-            f"probe: the batch has the views {sorted(views)}; probes read one named {CLEAN!r} with "
-            "one crop of each image; give the clean loaders of the data module"
-        )
-    assert len(views[CLEAN]) == 1, f"the view {CLEAN!r} has {len(views[CLEAN])} crops, not one"
-    device = next(backbone.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        x = features(backbone, views[CLEAN][0].to(device), source=source)
-    return x, batch["label"].to(device)
-
-
-@dataclass
-class Rows:
-    """Labelled features as they come in, kept on one device. Unlabelled images are left out.
-
-    Attributes:
-        width: the length of a feature, wanted where a rank has no image at all.
-        device: where they are kept.
-    """
-
-    width: int
-    device: torch.device
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def add(self, x: Float[Tensor, "B F"], y: Int[Tensor, " B"]) -> None:
-        """One batch more."""
-        known = y >= 0
-        self.parts.append((x[known].to(self.device), y[known].to(self.device)))
-
-    def local(self) -> tuple[Float[Tensor, "N F"], Int[Tensor, " N"]]:
-        """The rows of this rank."""
-        nothing = (
-            torch.empty((0, self.width), device=self.device),
-            torch.empty(0, dtype=torch.long, device=self.device),
-        )
-        x, y = zip(nothing, *self.parts, strict=True)
-        return torch.cat(x), torch.cat(y)
-
-
-@torch.no_grad()
-def gather_rows(
-    x: Shaped[Tensor, "B ..."], *, via: torch.device | None = None
-) -> Shaped[Tensor, "N ..."]:
-    """Rows of all ranks in rank order, however many each has; on the device of x.
-
-    Ranks fill up to the longest for the journey, and what they filled in is cut off again.
-
-    Args:
-        x: equal on all ranks but for the number of rows.
-        via: the device the process group speaks through (NCCL: the GPU); None: the one of x.
-    """
-    if world() == 1:
-        return x
-    via = via or x.device
-    sizes: list[int] = gather(torch.tensor([len(x)], device=via)).tolist()
-    whole = x.new_empty((sum(sizes), *x.shape[1:]))
-    for start in range(0, max(sizes), ROWS):
-        rows = min(ROWS, max(sizes) - start)
-        mine = x[start : start + rows]
-        padded = torch.zeros((rows, *x.shape[1:]), dtype=x.dtype, device=via)
-        padded[: len(mine)] = mine
-        offset = start
-        for size, block in zip(sizes, gather(padded).split(rows), strict=True):
-            held = max(0, min(size - start, rows))
-            whole[offset : offset + held] = block[:held]
-            offset += size
-    return whole
-
-
-def extract(
-    backbone: Backbone,
-    batches: Iterable[Batch],
-    *,
-    source: Source = "cls",
-    autocast: bool = False,
-    store: torch.device | None = None,
-    gathered: bool = True,
-) -> tuple[Float[Tensor, "N F"], Int[Tensor, " N"]]:
-    """Features and labels of all labelled images of `batches`.
-
-    Holds 4 F bytes for each image (1.28 million images of 384 floats: 2 GB). With several ranks
-    each brings its part, of any length, and all get everything; a sampler that repeats images to
-    make the parts even would have them counted twice, so leave them uneven.
-
-    Args:
-        backbone: in any mode, which it has again afterwards.
-        batches: normalised, with a view `clean` of one crop.
-        source: see `features`.
-        autocast: compute in bfloat16 where that is safe; features are float32 all the same.
-        store: where features are kept; None: on the device of the backbone.
-        gathered: False: the rows of this rank only.
-    """
-    device = next(backbone.parameters()).device
-    rows = Rows(width(backbone.spec, source), store or device)
-    with frozen(backbone):
-        for batch in batches:
-            rows.add(*read(backbone, batch, source=source, autocast=autocast))
-    x, y = rows.local()
-    return (gather_rows(x, via=device), gather_rows(y, via=device)) if gathered else (x, y)

@@ -7,7 +7,7 @@ import torch
 
 from contramask.models.backbone import Backbone
 from contramask.probes.evaluation import TrainAndVal
-from contramask.probes.features import Source
+from contramask.probes.features import CLS, Feature
 from contramask.probes.knn import KNN
 from contramask.training.clean_loaders import check_loaders
 from contramask.types import Batch
@@ -29,7 +29,7 @@ class KNNEvaluation(pl.LightningModule):
         *,
         ks: tuple[int, ...] = (10, 20, 100, 200),
         temperature: float = 0.07,
-        source: Source = "cls",
+        feature: Feature = CLS,
         transform: str = "clean view",
         autocast: bool = False,
         store: torch.device | None = None,
@@ -40,21 +40,21 @@ class KNNEvaluation(pl.LightningModule):
             backbone: loaded; it is not changed.
             ks: numbers of neighbours; the official ones are 10, 20, 100, 200.
             temperature: of the votes.
-            source: which feature.
+            feature: which.
             transform: what the clean view is, for the protocol, e.g. "resize 256, centre crop 224".
             autocast: bfloat16 forward.
             store: where features are kept; None: on the device of the module.
         """
         super().__init__()
         self.backbone, self.ks, self.temperature = backbone, ks, temperature
-        self.source: Source = source
+        self.feature = feature
         self.transform, self.autocast, self.store = transform, autocast, store
         self.result: dict[str, Any] = {}
 
     def on_validation_epoch_start(self) -> None:
         check_loaders(self.trainer.val_dataloaders)
         self._rows = TrainAndVal(
-            self.backbone, source=self.source, autocast=self.autocast, store=self.store
+            self.backbone, feature=self.feature, autocast=self.autocast, store=self.store
         )
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -73,7 +73,7 @@ class KNNEvaluation(pl.LightningModule):
         values = {n: v for n, v in values.items() if n not in {f"k{k}_top5" for k in range(1, 5)}}
         self.result = {
             "values": values,
-            "protocol": f"{probe.protocol}; feature {self.source} after the final norm, "
-            f"{self.transform}; {values['images']} val images",
+            "protocol": f"{probe.protocol}; {self.feature.about()}, {self.transform}; "
+            f"{values['images']} val images",
         }
         self.log_dict({f"knn/{n}": float(v) for n, v in values.items()}, sync_dist=True)

@@ -7,7 +7,7 @@ import torch
 
 from contramask.models.backbone import Backbone
 from contramask.probes.evaluation import TrainAndVal
-from contramask.probes.features import Source
+from contramask.probes.features import CLS, Feature
 from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.training.clean_loaders import check_loaders
 from contramask.types import Batch
@@ -36,7 +36,7 @@ class LinearEvaluation(pl.LightningModule):
         backbone: Backbone,
         *,
         recipe: LinearRecipe = OFFLINE,
-        source: Source = "cls",
+        feature: Feature = CLS,
         transform: str = "clean view",
         autocast: bool = False,
         store: torch.device | None = None,
@@ -46,21 +46,21 @@ class LinearEvaluation(pl.LightningModule):
         Args:
             backbone: loaded; it is not changed.
             recipe: how the heads are trained.
-            source: which feature.
+            feature: which.
             transform: what the clean view is, for the protocol, e.g. "resize 256, centre crop 224".
             autocast: bfloat16 forward.
             store: where features are kept; None: on the device of the module.
         """
         super().__init__()
         self.backbone, self.recipe = backbone, recipe
-        self.source: Source = source
+        self.feature = feature
         self.transform, self.autocast, self.store = transform, autocast, store
         self.result: dict[str, Any] = {}
 
     def on_validation_epoch_start(self) -> None:
         check_loaders(self.trainer.val_dataloaders)
         self._rows = TrainAndVal(
-            self.backbone, source=self.source, autocast=self.autocast, store=self.store
+            self.backbone, feature=self.feature, autocast=self.autocast, store=self.store
         )
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -79,7 +79,7 @@ class LinearEvaluation(pl.LightningModule):
         self.result = {
             "values": values,
             "sweep": probe.sweep,
-            "protocol": f"{probe.protocol}; feature {self.source} after the final norm, no "
+            "protocol": f"{probe.protocol}; {self.feature.about()}, no "
             f"augmentation, {self.transform}; {values['images']} val images",
         }
         self.log_dict({f"linear/{n}": float(v) for n, v in values.items()}, sync_dist=True)

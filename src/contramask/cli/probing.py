@@ -1,0 +1,165 @@
+"""What all probes of the command line share: a model, its images, a trainer, where results go."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+from contramask.checkpoints.sources import Source
+from contramask.cli.parser import Parser
+from contramask.cli.quiet import settle
+from contramask.data.examples import Images
+from contramask.data.module import ImageShards
+from contramask.models.backbone import Backbone
+from contramask.models.digest import digest_of
+from contramask.probes.features import Feature, Norm, Pool
+from contramask.types import UserError
+
+
+def probe_parser(kind: str, about: str | None, *, data: bool = True) -> Parser:
+    """A parser with the options of every probe.
+
+    Args:
+        kind: the word after `contramask probe`.
+        about: the docstring of the module.
+        data: whether the probe reads shards through `ImageShards`.
+    """
+    parser = Parser(prog=f"contramask probe {kind}", description=about)
+    parser.add_argument("-c", "--config", action="config", help="a YAML file")
+    parser.add_argument("--run", type=str, required=True, help="a run, an export, official weights")
+    parser.add_argument("--out", type=Path | None, help="the result; default RUN/probes/NAME.json")
+    parser.add_argument("--images", type=Images | None, help="default: as the run was fed")
+    if data:
+        parser.add_class_arguments(ImageShards, "data", skip={"seed", "views", "images"})
+        parser.add_argument("--limit", type=int | None, help="the most images of each split")
+    parser.add_class_arguments(
+        pl.Trainer,
+        "trainer",
+        skip={"logger", "callbacks"},
+        fail_untyped=False,
+        instantiate=False,
+    )
+    parser.set_defaults({"trainer.use_distributed_sampler": False})
+    return parser
+
+
+def add_feature(parser: Parser) -> None:
+    """`--source`, `--pool` and `--norm`, see `Feature`."""
+    default = Feature()
+    parser.add_argument("--source", type=str, default=default.source, help="last, last4, block_07")
+    parser.add_argument("--pool", type=Pool, default=default.pool, help="tokens to one vector")
+    parser.add_argument("--norm", type=Norm, default=default.norm, help="the backbone's, or none")
+
+
+def feature_of(config: Namespace) -> Feature:
+    """What the options of `add_feature` say."""
+    return Feature(config.source, config.pool, config.norm)
+
+
+def positional(argv: Sequence[str]) -> list[str]:
+    """`probe knn RUN ...` and `probe knn ... --run RUN` are the same."""
+    given = list(argv)
+    return ["--run", *given] if given and not given[0].startswith("-") else given
+
+
+@dataclass
+class Opened:
+    """A model, ready to be probed.
+
+    Attributes:
+        source: what was given.
+        backbone: loaded, on the CPU, without gradient.
+        images: how it is fed: sizes and normalisation.
+        about: `run`, `step`, `net` and `backbone`, a checksum of its weights: goes into results.
+    """
+
+    source: Source
+    backbone: Backbone
+    images: Images
+    about: dict[str, Any]
+
+    @property
+    def transform(self) -> str:
+        """How an image becomes the clean view, for a protocol."""
+        size = self.images.size
+        resize = self.images.resize or round(size * 8 / 7)
+        return f"resize {resize}, centre crop {size}"
+
+    @property
+    def folder(self) -> Path:
+        """Where results go: `probes` in the run, or beside a file."""
+        path = self.source.path
+        return path / "probes" if path.is_dir() else path.parent / f"{path.stem}-probes"
+
+
+def open_model(text: str, images: Images | None = None) -> Opened:
+    """Load what `--run` names.
+
+    Raises:
+        UserError: nothing is there, or images are no whole number of patches.
+    """
+    source = Source.parse(text)
+    backbone, about = source.load()
+    backbone.requires_grad_(requires_grad=False)
+    sheet = about["data"]
+    fed = images or Images(
+        size=sheet["size"],
+        resize=sheet.get("resize"),
+        mean=tuple(sheet["mean"]),
+        std=tuple(sheet["std"]),
+    )
+    patch = backbone.spec.patch
+    if fed.size % patch:
+        raise UserError(
+            f"{source.name}: images of {fed.size} pixels are no whole number of patches of "
+            f"{patch}; set --images.size to a multiple"
+        )
+    fed = replace(fed, min_side=max(fed.min_side, patch))
+    known = {"run": str(source.path), "step": about["step"], "net": about["net"]}
+    return Opened(source, backbone, fed, {**known, "backbone": digest_of(backbone)})
+
+
+def make_trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
+    """A trainer that evaluates: no logger, no checkpoints, a progress bar. Raises `UserError`."""
+    settle()
+    quiet = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False}
+    try:
+        return pl.Trainer(**{**arguments, **quiet})
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {error}; correct the options under --trainer") from error
+
+
+def write_result(result: Mapping[str, Any], out: Path) -> None:
+    """One JSON file. Raises `UserError` if it cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}); set --out to a file that can"
+        ) from error
+
+
+# Names of values that are fractions and are shown in per cent end in one of these.
+SHARES = ("top1", "top5", "miou", "map", "rate")
+
+
+def show_result(result: Mapping[str, Any], out: Path) -> None:
+    """A table of `values`, the protocol, and where they are written."""
+    table = Table(title=f"{result['probe']} probe of {result['run']}", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in result["values"].items():
+        share = name.endswith(SHARES) and name != "rate"
+        table.add_row(name, f"{100 * value:.2f} %" if share else f"{value:g}")
+    console = Console()
+    console.print(table)
+    console.print(f"protocol: {result['protocol']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
