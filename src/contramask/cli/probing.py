@@ -148,7 +148,12 @@ def write_result(result: Mapping[str, Any], out: Path) -> None:
 
 
 # Names of values that are fractions and are shown in per cent end in one of these.
-SHARES = ("top1", "top5", "miou", "map", "rate")
+SHARES = ("top1", "top5", "miou", "map", "_rate")
+
+
+def is_share(name: str) -> bool:
+    """Whether a value of this name is a fraction that is shown in per cent."""
+    return name.endswith(SHARES)
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -157,8 +162,7 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
     table.add_column("what")
     table.add_column("value", justify="right")
     for name, value in result["values"].items():
-        share = name.endswith(SHARES) and name != "rate"
-        table.add_row(name, f"{100 * value:.2f} %" if share else f"{value:g}")
+        table.add_row(name, f"{100 * value:.2f} %" if is_share(name) else f"{value:g}")
     console = Console()
     console.print(table)
     console.print(f"protocol: {result['protocol']}", highlight=False, markup=False, soft_wrap=True)
