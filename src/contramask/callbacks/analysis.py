@@ -15,6 +15,7 @@ from contramask.analysis.over_time import Course
 from contramask.analysis.reading import Reading
 from contramask.analysis.run import Analysed, analyse, fitting
 from contramask.analysis.suite import Settings, suite
+from contramask.callbacks.cadence import Cadence
 from contramask.callbacks.online_probes import clean_data, network, undisturbed
 from contramask.checkpoints.sources import Source
 from contramask.distributed import alone
@@ -81,7 +82,8 @@ class AnalysisCallback(pl.Callback):
         self.course = Course()
         self._images: Any = None  # one batch, on the host
         self._told = False  # that there are too few images for CKA
-        self._seen, self._off, self._spent, self._began = 0, False, 0.0, 0.0
+        self._cadence = Cadence(every)
+        self._off, self._spent, self._began = False, 0.0, 0.0
 
     # ---- when --------------------------------------------------------------------------------
 
@@ -95,7 +97,8 @@ class AnalysisCallback(pl.Callback):
                 raise UserError(f"analysis: anchor {name}: {error}; set analysis.anchors") from None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen, self._began = trainer.global_step, time.perf_counter()
+        self._cadence.start(trainer)
+        self._began = time.perf_counter()
         if self.every and trainer.is_global_zero:
             self._prepare(trainer, pl_module)
             if trainer.global_step == 0:
@@ -109,10 +112,7 @@ class AnalysisCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        step, before = trainer.global_step, self._seen
-        self._seen = step  # this hook is called for every micro-batch
-        due = self.every and (step % self.every == 0 or step == trainer.max_steps)
-        if due and step != before and trainer.is_global_zero:
+        if self._cadence.due(trainer) and trainer.is_global_zero:
             self._look(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

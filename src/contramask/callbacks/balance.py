@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from contramask.callbacks.cadence import Cadence
 from contramask.callbacks.online_probes import undisturbed
 from contramask.types import Batch, UserError
 
@@ -35,11 +36,11 @@ class Balance(pl.Callback):
                 f"balance: every is {every}; it is at least 0 updates (0: never); set balance.every"
             )
         self.every = every
-        self._seen: int | None = None  # updates done at the last look
+        self._cadence = Cadence(every)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know where training begins."""
-        self._seen = trainer.global_step
+        self._cadence.start(trainer)
 
     def on_train_batch_end(
         self,
@@ -50,10 +51,7 @@ class Balance(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Report, if it is time and a weight update is done. Every rank takes part."""
-        step, before = trainer.global_step, self._seen
-        self._seen = step
-        due = self.every and (step % self.every == 0 or step == trainer.max_steps)
-        if not due or step == before or not isinstance(pl_module, Balanced):
+        if not self._cadence.due(trainer) or not isinstance(pl_module, Balanced):
             return
         buffers = {name: b.clone() for name, b in pl_module.named_buffers()}
         with (
@@ -69,4 +67,4 @@ class Balance(pl.Callback):
         numbers = torch.stack(list(found.values())).tolist()
         shown = {f"balance/{k}": n for k, n in zip(found, numbers, strict=True)}
         for logger in trainer.loggers:
-            logger.log_metrics(shown, step=step)
+            logger.log_metrics(shown, step=trainer.global_step)

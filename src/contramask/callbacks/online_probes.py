@@ -11,6 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from contramask.callbacks.cadence import Cadence
 from contramask.distributed import mean
 from contramask.models.backbone import Backbone
 from contramask.probes.evaluation import SPLITS, CleanData, TrainAndVal
@@ -69,7 +70,7 @@ class OnlineProbes(pl.Callback):
         self.ks, self.linear = ks, linear
         self.feature = feature
         self.net, self.autocast = net, autocast
-        self._seen, self._off = 0, False
+        self._cadence, self._off = Cadence(every), False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network(pl_module, self.net)  # a misspelt wish is told before the first step
@@ -81,7 +82,7 @@ class OnlineProbes(pl.Callback):
             self._off = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen = trainer.global_step
+        self._cadence.start(trainer)
 
     def on_train_batch_end(
         self,
@@ -91,12 +92,7 @@ class OnlineProbes(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        step = trainer.global_step
-        # This hook is called for every micro-batch; the step moves with the weights only.
-        if self._off or step == self._seen:
-            return
-        self._seen = step
-        if step % self.every and step != trainer.max_steps:
+        if not self._cadence.due(trainer) or self._off:
             return
         start = time.perf_counter()
         with undisturbed(pl_module.device):

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from contramask.callbacks.cadence import Cadence
 from contramask.callbacks.online_probes import undisturbed
 from contramask.probes.features import frozen
 from contramask.tracking.wandb import Tracker
@@ -44,7 +45,7 @@ class Pictures(pl.Callback):
             )
         self.folder = None if folder is None else Path(folder)
         self.every, self.images = every, images
-        self._seen: int | None = None  # updates done at the last look
+        self._cadence = Cadence(every, first=True)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Claim the folder."""
@@ -57,7 +58,7 @@ class Pictures(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know where training begins."""
-        self._seen = trainer.global_step
+        self._cadence.start(trainer)
 
     def on_train_batch_end(
         self,
@@ -68,11 +69,9 @@ class Pictures(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Draw, if it is time and a weight update is done."""
-        step, before = trainer.global_step, self._seen
-        self._seen = step
-        due = self.every and (step == 1 or step % self.every == 0 or step == trainer.max_steps)
-        if not due or step == before or not trainer.is_global_zero:
+        if not self._cadence.due(trainer) or not trainer.is_global_zero:
             return
+        step = trainer.global_step
         shown = self._inspect(trainer, pl_module, batch)
         written = {f"pictures/{name}": self._draw(name, rows, step) for name, rows in shown.items()}
         paths = {key: path for key, path in written.items() if path is not None}

@@ -13,6 +13,7 @@ import torch
 
 from contramask import distributed
 from contramask.callbacks.baselines import constant_losses, facts, largest_view, pooled, spread
+from contramask.callbacks.cadence import Cadence
 from contramask.callbacks.checkpoint import Checkpoints
 from contramask.callbacks.diagnoses import FEATURE_STD, GRADIENT, NMI, RANKME, rules
 from contramask.callbacks.history import Chart, Diagnosis, History
@@ -70,7 +71,7 @@ class Watchdog(pl.Callback):
         self.folder = None if folder is None else Path(folder)
         self.every, self.images, self.warmup, self.stop = every, images, warmup, stop
         self.history, self.chart = History(), Chart()
-        self._seen: int | None = None  # updates done at the last look
+        self._cadence = Cadence(every, first=True)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module it cannot read."""
@@ -82,7 +83,7 @@ class Watchdog(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know where training begins; forget what a lost part of the run was told."""
-        self._seen = trainer.global_step
+        self._cadence.start(trainer)
         if self.folder is not None and self.every and trainer.is_global_zero:
             _rewind(self.folder / "diagnoses.jsonl", trainer.global_step)
 
@@ -95,14 +96,13 @@ class Watchdog(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Note what was logged; look, if it is time. Every rank takes part."""
-        step, before = trainer.global_step, self._seen
-        self._seen = step
-        if not self.every or step == before:
+        if not self._cadence.moved(trainer) or not self.every:
             return
+        step = trainer.global_step
         interval: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if interval and step % interval == 0:
             self.history.note(step, _metrics(trainer, LOGGED))
-        if step == 1 or step % self.every == 0 or step == trainer.max_steps:
+        if self._cadence.now(trainer):
             assert isinstance(pl_module, Pretraining)
             self._look(trainer, pl_module, batch)
 

@@ -87,7 +87,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
             f"{path}: entry {name!r} has {given}; it has verb and needs, and may have options and "
             "columns"
         )
-    return Entry(name, **{k: v or {} if k != "verb" else v for k, v in value.items()})
+    return Entry(name, str(value["verb"]), *(value.get(key) or {} for key in allowed[1:]))
 
 
 def _shipped(name: str) -> Path:
