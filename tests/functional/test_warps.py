@@ -157,8 +157,8 @@ def test_results_stay_in_range(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["turn5", "rotate", "none3", "blur0", "blur-2", "noise-1", "scale0", "scale-1", "shift1.5",
-     "", "5", "shift1px", "rotate5,6"],
+    ["turn5", "rotate", "none3", "blur0", "blur-2", "noise0", "noise-1", "scale0", "scale-1",
+     "shift1.5", "", "5", "shift1px", "rotate5,6"],
 )  # fmt: skip
 def test_what_is_no_warp_is_named(name: str):
     with pytest.raises(UserError, match=r"warp: .* is none of none, shift3 .*; set warps"):
@@ -166,7 +166,7 @@ def test_what_is_no_warp_is_named(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["none", "shift3", "shift-3", "blur2.5", "noise0", "rotate-5", "scale0.8"]
+    "name", ["none", "shift3", "shift-3", "blur2.5", "noise3", "rotate-5", "scale0.8"]
 )
 def test_a_warp_reads_its_own_name(name: str):
     assert str(Warp.parse(name)) == name

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from contramask.types import UserError, fold
+from contramask.functional.degradations import Degradation
+from contramask.types import UserError
 
 Kind = Literal["none", "shift", "blur", "noise", "rotate", "scale"]
 
@@ -34,10 +35,10 @@ class Warp:
 
     Attributes:
         kind: `none`; `shift`, `amount` whole pixels to the right and as many down; `blur`, a
-            Gaussian with a standard deviation of `amount` pixels, cut at three of them; `noise`,
-            Gaussian, independent in every pixel and channel, with a standard deviation of
-            `amount` / 255; `rotate`, by `amount` degrees clockwise about the centre; `scale`,
-            `amount` times larger about the centre.
+            Gaussian with a standard deviation of `amount` pixels; `noise`, Gaussian on every pixel
+            and channel, with a standard deviation of `amount` / 255 (both as `Degradation` does
+            it); `rotate`, by `amount` degrees clockwise about the centre; `scale`, `amount` times
+            larger about the centre.
         amount: see above. Shifts and rotations may be negative.
 
     Raises:
@@ -49,7 +50,7 @@ class Warp:
 
     def __post_init__(self) -> None:
         whole = self.kind != "shift" or self.amount == int(self.amount)
-        above = {"blur": 0.0, "scale": 0.0, "noise": -1e-9}.get(self.kind, -math.inf)
+        above = {"blur": 0.0, "scale": 0.0, "noise": 0.0}.get(self.kind, -math.inf)
         if not whole or not self.amount > above:
             raise UserError(f"warp: {str(self)!r} is none of {ALLOWED}; set warps")
 
@@ -105,23 +106,11 @@ def warp(
             # Whole pixels need no interpolation, which would leave its rounding.
             interpolation=InterpolationMode.BILINEAR if pixels == 0 else InterpolationMode.NEAREST,
         )
-    elif wanted.kind == "blur":
-        moved = blurred(images, wanted.amount)
-    elif wanted.kind == "noise":
-        noise = torch.stack([_noise(images[0], key, str(wanted), seed) for key in keys])
-        moved = images + wanted.amount / 255 * noise.to(images)
+    elif wanted.kind in ("blur", "noise"):
+        moved = Degradation(wanted.kind, wanted.amount)(images, keys, seed=seed)
     else:
         moved = images
     return moved.clamp(0, 1), origins(wanted, size, patch)
-
-
-def blurred(images: Float[Tensor, "*B 3 H W"], sigma: float) -> Float[Tensor, "*B 3 H W"]:
-    """A Gaussian of standard deviation `sigma` pixels, cut at 3 sigma, mirrored at the border.
-
-    Of small images it is cut where the mirror ends, a pixel less than their shorter side away.
-    """
-    reach = min(math.ceil(3 * sigma), min(images.shape[-2:]) - 1)
-    return TF.gaussian_blur(images, [2 * reach + 1] * 2, [float(sigma)] * 2)
 
 
 @torch.no_grad()
@@ -168,9 +157,3 @@ def _affine(wanted: Warp) -> tuple[float, int, float]:
     angle = wanted.amount if wanted.kind == "rotate" else 0.0
     pixels = int(wanted.amount) if wanted.kind == "shift" else 0
     return angle, pixels, wanted.amount if wanted.kind == "scale" else 1.0
-
-
-def _noise(like: Float[Tensor, "3 H W"], key: str, name: str, seed: int) -> Float[Tensor, "3 H W"]:
-    # Drawn on the CPU: the noise of an image is the same on every device.
-    generator = torch.Generator().manual_seed(fold(seed, key, name))
-    return torch.randn(like.shape, generator=generator)
