@@ -11,6 +11,7 @@ from torch import nn
 
 from contramask.optim import LARS
 from contramask.probes.linear import LinearProbe, LinearRecipe
+from contramask.probes.linear_recipe import Mover
 from contramask.types import UserError
 
 N, F, C = 90, 5, 3
@@ -25,14 +26,33 @@ def rows(number: int = N, seed: int = 0, noise: float = 1.5) -> tuple[torch.Tens
     return (noise * torch.randn(number, F, generator=generator) + torch.eye(F)[y]) * scale, y
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("optimiser", ["sgd", "lars"])
-def test_each_head_is_a_linear_layer_trained_alone_by_autograd(batch_norm: bool, optimiser: str):
+@pytest.mark.parametrize(
+    ("optimiser", "decay", "batch_norm"),
+    [
+        ("sgd", 0.0, False),
+        ("sgd", 0.0, True),
+        ("sgd", 0.3, True),
+        ("lars", 0.0, False),
+        ("lars", 0.0, True),
+        ("lars", 0.3, False),
+        ("adamw", 0.0, False),
+        ("adamw", 0.3, True),
+    ],
+)
+def test_each_head_is_a_linear_layer_trained_alone_by_autograd(
+    optimiser: str, decay: float, batch_norm: bool
+):
     x, y = rows()
     steps, batch = 6, 15
     rates = (0.1, 2.0, 7.0)
     recipe = replace(
-        PLAIN, rates=rates, batch_norm=batch_norm, optimiser=optimiser, warmup=0.34, momentum=0.8
+        PLAIN,
+        rates=rates,
+        batch_norm=batch_norm,
+        optimiser=optimiser,
+        warmup=0.34,
+        momentum=0.8,
+        weight_decay=decay,
     )
     probe = LinearProbe(F, C, recipe=recipe, steps=steps)
     first = probe.weight[0].clone()
@@ -44,8 +64,13 @@ def test_each_head_is_a_linear_layer_trained_alone_by_autograd(batch_norm: bool,
         with torch.no_grad():
             head.weight.copy_(first.mT)
             head.bias.zero_()
-        build = {"sgd": torch.optim.SGD, "lars": LARS}[optimiser]
-        steps_of = build(head.parameters(), lr=0.0, momentum=0.8)
+        if optimiser == "adamw":
+            steps_of = torch.optim.AdamW(
+                head.parameters(), lr=0.0, betas=(0.8, 0.999), weight_decay=decay
+            )
+        else:
+            build = {"sgd": torch.optim.SGD, "lars": LARS}[optimiser]
+            steps_of = build(head.parameters(), lr=0.0, momentum=0.8, weight_decay=decay)
         for i, part in enumerate(torch.arange(N).split(batch)):
             progress = i / steps
             cosine = 0.5 * (1 + math.cos(math.pi * (progress - 0.34) / 0.66))
@@ -59,6 +84,93 @@ def test_each_head_is_a_linear_layer_trained_alone_by_autograd(batch_norm: bool,
         with torch.no_grad():
             expected = head(norm(x) if batch_norm else x)
         torch.testing.assert_close(probe.heads(x)[g], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_rows_by_hand():
+    """Heads of zeros believe in both classes alike; the rate is 128 x 2 rows / 256 = 1."""
+    recipe = replace(PLAIN, rates=(128.0, 256.0), init_std=0.0)
+    probe = LinearProbe(2, 2, recipe=recipe, steps=4)
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    probe.learn(x, y)
+    moved = torch.tensor([[0.25, -0.25], [-0.5, 0.5]])  # -x^T (1/2 - onehot) / 2
+    assert torch.equal(probe.weight, torch.stack([moved, 2 * moved]))
+    assert not probe.bias.any()
+    probe = LinearProbe(2, 2, recipe=recipe, steps=4)
+    probe.learn(x, y, batch=6)
+    assert torch.equal(probe.weight[0], 3 * moved)
+
+
+def test_lars_takes_the_steps_of_the_official_code(parity):
+    case = parity("mae")["lars"]
+    recipe = LinearRecipe(
+        rates=(1.0,), optimiser="lars", momentum=case["momentum"], weight_decay=case["wd"]
+    )
+    mover, nothing = Mover(recipe), torch.empty(0)
+    assert mover.eta == case["eta"]
+    values = [case[k].clone()[None] for k in ("w0", "b0")]
+    speeds = [torch.zeros_like(v) for v in values]
+    rate = torch.tensor([case["lr"]])
+    for update, (gradients, after) in enumerate(zip(case["grads"], case["traj"], strict=True)):
+        for value, gradient, speed, expected in zip(values, gradients, speeds, after, strict=True):
+            mover.move(value, gradient[None], speed, nothing, rate, update=update)
+            torch.testing.assert_close(value[0], expected, rtol=0, atol=1e-6)
+
+
+def test_once_an_epoch_or_at_every_step():
+    """Ten steps in five epochs: two of each rate, and the cosine as if every step had its own."""
+    steps = [i / 10 for i in range(10)]
+    often, seldom = (LinearRecipe(epochs=5, per_epoch=once).schedule(512) for once in (False, True))
+    found = [seldom(progress) for progress in steps]
+    epochs = [1 + math.cos(math.pi * e / 5) for e in range(5)]
+    assert found == pytest.approx([rate for rate in epochs for _ in range(2)])
+    assert [often(p) for p in steps] == pytest.approx([1 + math.cos(math.pi * p) for p in steps])
+
+
+def test_a_step_without_rows_moves_the_schedule_alone():
+    x, y = rows(30)
+    recipe = replace(PLAIN, batch_norm=True, epochs=2, per_epoch=True)
+    found = []
+    for pause in (False, True):
+        probe = LinearProbe(F, C, recipe=recipe, steps=4)
+        if pause:
+            before = probe.weight.clone()
+            probe.skip()
+            assert torch.equal(probe.weight, before)
+        probe.learn(x, y)
+        found.append(probe)
+    assert torch.equal(found[0].weight, found[1].weight)  # the same stair
+    assert torch.equal(found[0].mean, found[1].mean)
+    assert [probe.step for probe in found] == [1, 2]
+
+
+def test_a_resumable_probe_goes_on_bitwise():
+    x, y = rows()
+    recipe = replace(PLAIN, rates=(0.1, 2.0), batch_norm=True, optimiser="adamw")
+    straight, first, second = (
+        LinearProbe(F, C, recipe=recipe, steps=4, resumable=True) for _ in range(3)
+    )
+    parts = torch.arange(80).split(20)
+    for part in parts:
+        straight.learn(x[part], y[part])
+    for part in parts[:2]:
+        first.learn(x[part], y[part])
+    second.load_state_dict(first.state_dict())
+    second.step, second.updates = first.step, first.updates
+    for part in parts[2:]:
+        second.learn(x[part], y[part])
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_the_tally_counts_by_hand():
+    probe = LinearProbe(1, 7, recipe=replace(PLAIN, rates=(0.1, 0.2), init_std=0.0))
+    probe.bias.copy_(torch.tensor([[7.0, 6, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6, 7]]))
+    tops, loss = probe.tally(torch.zeros(4, 1), torch.tensor([0, 0, 4, 6]), tops=(1, 5))
+    assert tops.tolist() == [[2, 1], [3, 2]]
+    scores = probe.bias.log_softmax(1)
+    assert loss.tolist() == pytest.approx(
+        [-(2 * s[0] + s[4] + s[6]).item() for s in scores], rel=1e-6
+    )
 
 
 def test_at_convergence_it_is_logistic_regression():
@@ -190,6 +302,9 @@ def test_features_that_are_not_finite_are_named():
         {"batch": 1},
         {"warmup": 1.0},
         {"holdout": 0.0},
+        {"momentum": 1.0},
+        {"weight_decay": -0.1},
+        {"init_std": -0.1},
     ],
 )
 def test_a_wrong_recipe_is_named(wrong: dict):

@@ -5,61 +5,17 @@ features and C classes the weights are one tensor (G, F, C). The gradient is wri
 needs no graph and works under inference mode.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from contramask.probes.linear_recipe import LinearRecipe as LinearRecipe
+from contramask.probes.linear_recipe import Mover
 from contramask.probes.probe import Probe
-from contramask.schedule import Schedule
 from contramask.types import UserError, fold
 
-
-@dataclass(frozen=True)
-class LinearRecipe:
-    """How a linear probe is trained. There is no weight decay.
-
-    Attributes:
-        rates: learning rates for a batch of 256 rows, scaled linearly to the batch in use. With
-            several, the best on the held-out rows of *train* is taken and trained again on all.
-        epochs: passes over the features; the rate falls to zero along a cosine.
-        batch: rows of a step; a bank of fewer is one batch. The remainder of a pass is left out,
-            other rows each time.
-        optimiser: `sgd` (MoCo v3, DINO, iBOT) or `lars` (MAE: rate 0.1, warm-up 0.11).
-        momentum: of either.
-        warmup: the fraction of training in which the rate rises from zero.
-        batch_norm: normalise features by batch statistics first, without scale and shift (MAE).
-        holdout: the fraction of train on which the rate is chosen.
-        seed: of the initial weights, the order of rows and the split.
-    """
-
-    rates: tuple[float, ...] = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    epochs: int = 100
-    batch: int = 1024
-    optimiser: Literal["sgd", "lars"] = "sgd"
-    momentum: float = 0.9
-    warmup: float = 0.0
-    batch_norm: bool = True
-    holdout: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "rates": (bool(self.rates) and min(self.rates, default=0) > 0, "positive numbers"),
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch": (self.batch >= 2, "at least 2"),
-            "warmup": (0 <= self.warmup < 1, "a fraction of training in [0, 1)"),
-            "holdout": (0 < self.holdout < 1, "a fraction of the training images in (0, 1)"),
-        }
-        for name, (right, what) in allowed.items():
-            if not right:
-                raise UserError(
-                    f"linear probe: {name} is {vars(self)[name]}; allowed is {what}; set {name} "
-                    "in the recipe of the probe"
-                )
+DEFAULT = LinearRecipe()
 
 
 class LinearProbe(Probe):
@@ -69,7 +25,9 @@ class LinearProbe(Probe):
         weight, bias: (G, F, C) and (G, C).
         rates: the learning rate of each head, for 256 rows.
         sweep: accuracy on the held-out rows for each rate, once `fit` has chosen.
-        steps: how many calls of `learn` the schedule is laid out for.
+        steps: how many steps the schedule is laid out for.
+        step: how many were made, by `learn` or `skip`.
+        updates: how many of them moved the weights.
     """
 
     weight: Tensor
@@ -78,30 +36,48 @@ class LinearProbe(Probe):
     variance: Tensor
     weight_speed: Tensor
     bias_speed: Tensor
+    weight_square: Tensor
+    bias_square: Tensor
     rate: Tensor
     eps = 1e-6  # of the batch norm (MAE)
-    eta = 0.001  # trust coefficient of LARS
 
     def __init__(
         self,
         dim: int,
         classes: int,
         *,
-        recipe: LinearRecipe = LinearRecipe(),
+        recipe: LinearRecipe = DEFAULT,
         steps: int = 1,
+        resumable: bool = False,
     ):
+        """Heads at their start.
+
+        Args:
+            dim: F.
+            classes: C.
+            recipe: how they are trained.
+            steps: of the whole training; `fit` counts its own.
+            resumable: whether the state holds what the optimiser has gathered. Beside it, `step`
+                and `updates` are all that a training amid its steps goes on from.
+        """
         super().__init__()
         self.recipe, self.steps, self.rows = recipe, steps, 0
         self.sweep: dict[float, float] = {}
         for name in ("weight", "bias", "mean", "variance"):
             self.register_buffer(name, torch.empty(0))
-        for name in ("weight_speed", "bias_speed", "rate"):
-            self.register_buffer(name, torch.empty(0), persistent=False)
+        for name in ("weight_speed", "bias_speed", "weight_square", "bias_square"):
+            self.register_buffer(name, torch.empty(0), persistent=resumable)
+        self.register_buffer("rate", torch.empty(0), persistent=False)
         self._start(recipe.rates, dim, classes)
 
     @torch.no_grad()
-    def learn(self, x: Float[Tensor, "B F"], y: Int[Tensor, " B"]) -> None:
-        """One step of every head on one batch; B is at least 2 under batch norm."""
+    def learn(
+        self, x: Float[Tensor, "B F"], y: Int[Tensor, " B"], *, batch: int | None = None
+    ) -> None:
+        """One step of every head on one batch; B is at least 2 under batch norm.
+
+        `batch` is the number of rows that rates are scaled to; None: B.
+        """
         x = self._normalise(x, batch_statistics=True)
         error = (torch.matmul(x, self.weight) + self.bias[:, None]).softmax(-1)  # (G, B, C)
         # Heads of a large rate are sure of themselves; numbers below float32's normal range would
@@ -110,7 +86,27 @@ class LinearProbe(Probe):
         error[:, torch.arange(len(y), device=y.device), y] -= 1
         error /= len(y)
         # d(mean cross-entropy): x^T (softmax - onehot) / B, for every head.
-        self._move(torch.matmul(x.mT, error), error.sum(1), len(y))
+        self._move(torch.matmul(x.mT, error), error.sum(1), batch or len(y))
+        self.updates += 1
+        self.step += 1
+
+    def skip(self) -> None:
+        """A step for which there are no rows: the schedule goes on, the weights stay."""
+        self.step += 1
+
+    @torch.no_grad()
+    def tally(
+        self, x: Float[Tensor, "B F"], y: Int[Tensor, " B"], *, tops: tuple[int, ...] = (1,)
+    ) -> tuple[Float[Tensor, "T G"], Float[Tensor, " G"]]:
+        """Of every head: the rows whose class is among its first 1, ...; the summed loss."""
+        scores = self.heads(x)
+        truth, found = y.to(scores.device), []
+        for k in tops:
+            first = scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices
+            found.append((first == truth[:, None]).any(-1).sum(1).float())
+        log_p = scores.log_softmax(-1)
+        loss = -log_p[:, torch.arange(len(truth), device=truth.device), truth].sum(1)
+        return torch.stack(found), loss
 
     def heads(self, x: Float[Tensor, "B F"]) -> Float[Tensor, "G B C"]:
         """Logits of every head."""
@@ -166,10 +162,8 @@ class LinearProbe(Probe):
                 f"{edge}, the best of {len(r.rates)} on {r.holdout:.0%} of train, "
                 "then trained on all of it"
             )
-        norm = "batch norm without affine" if r.batch_norm else "no batch norm"
         return (
-            f"linear: {norm}, {r.optimiser.upper()} momentum {r.momentum:g}, no weight decay, "
-            f"{rates}, cosine with warm-up {r.warmup:g}, {r.epochs} epochs of {self.rows} train "
+            f"linear: {r.about()}, {rates}, {r.curve()}, {r.epochs} epochs of {self.rows} train "
             f"images in batches of {min(r.batch, self.rows)}, seed {r.seed}"
         )
 
@@ -177,15 +171,20 @@ class LinearProbe(Probe):
         # Weights are changed in place later, inside and outside of inference mode.
         with torch.inference_mode(False):
             device, heads = self.weight.device, len(rates)
-            weight = 0.01 * torch.randn((dim, classes), generator=self._generator("weights"))
+            generator = self._generator("weights")
+            weight = self.recipe.init_std * torch.randn((dim, classes), generator=generator)
             self.weight = weight.to(device).repeat(heads, 1, 1)  # all heads start alike
             self.bias = torch.zeros((heads, classes), device=device)
             self.weight_speed = torch.zeros_like(self.weight)
             self.bias_speed = torch.zeros_like(self.bias)
+            # Of no element where no optimiser reads them.
+            adam = self.recipe.optimiser == "adamw"
+            self.weight_square = torch.zeros_like(self.weight if adam else self.weight[:0])
+            self.bias_square = torch.zeros_like(self.bias if adam else self.bias[:0])
             self.rate = torch.tensor(rates, device=device)
             self.mean = torch.zeros(dim, device=device)
             self.variance = torch.ones(dim, device=device)
-        self.rates, self.step = rates, 0
+        self.rates, self.step, self.updates = rates, 0, 0
 
     def _generator(self, *place: int | str) -> torch.Generator:
         # On the host, so that every device sees the same numbers.
@@ -201,7 +200,7 @@ class LinearProbe(Probe):
             self.mean,
             self.variance,
             training=batch_statistics,
-            momentum=1 / (self.step + 1),
+            momentum=1 / (self.updates + 1),
             eps=self.eps,
         )
 
@@ -218,10 +217,9 @@ class LinearProbe(Probe):
         right = torch.zeros(len(self.rates), device=self.weight.device)
         loss = torch.zeros_like(right)
         for part in rows.to(x.device).split(self.recipe.batch):
-            scores, truth = self.heads(x[part]), y[part].to(right.device)
-            right += (scores.argmax(-1) == truth).sum(1)
-            log_p = scores.log_softmax(-1)
-            loss -= log_p[:, torch.arange(len(truth), device=truth.device), truth].sum(1)
+            found, more = self.tally(x[part], y[part])
+            right += found[0]
+            loss += more
         accuracy = (right / len(rows)).where(loss.isfinite(), -1.0).tolist()
         self.sweep = dict(zip(self.rates, accuracy, strict=True))
         if max(accuracy) < 0:
@@ -233,16 +231,12 @@ class LinearProbe(Probe):
         ranked = zip(accuracy, (-loss).tolist(), self.rates, strict=True)
         return max(row for row in ranked if row[0] >= 0)[2]
 
-    def _move(self, weight: Tensor, bias: Tensor, rows: int) -> None:
-        """v <- momentum v + g; w <- w - rate v, for each head with its own rate."""
-        if self.recipe.optimiser == "lars":
-            size, change = self.weight.norm(dim=(1, 2)), weight.norm(dim=(1, 2))
-            trust = (self.eta * size / change).where((size > 0) & (change > 0), 1.0)
-            weight = weight * trust[:, None, None]
-        schedule = Schedule(peak=rows / 256, warmup=self.recipe.warmup)
-        rates = schedule(min(self.step / self.steps, 1.0)) * self.rate
-        self.weight_speed.mul_(self.recipe.momentum).add_(weight)
-        self.bias_speed.mul_(self.recipe.momentum).add_(bias)
-        self.weight.sub_(rates[:, None, None] * self.weight_speed)
-        self.bias.sub_(rates[:, None] * self.bias_speed)
-        self.step += 1
+    def _move(self, weight: Tensor, bias: Tensor, batch: int) -> None:
+        """Each head with its own rate."""
+        rates = self.recipe.schedule(batch)(min(self.step / self.steps, 1.0)) * self.rate
+        mover = Mover(self.recipe)
+        for value, gradient, speed, square in (
+            (self.weight, weight, self.weight_speed, self.weight_square),
+            (self.bias, bias, self.bias_speed, self.bias_square),
+        ):
+            mover.move(value, gradient, speed, square, rates, update=self.updates)
