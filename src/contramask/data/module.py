@@ -23,6 +23,7 @@ from contramask.errors import UserError
 from contramask.types import Batch
 
 log = logging.getLogger(__name__)
+Split = Literal["train", "val"]
 
 
 class ImageShards(pl.LightningDataModule):
@@ -133,12 +134,12 @@ class ImageShards(pl.LightningDataModule):
         if self._kept is not None:
             self._kept.close()
 
-    def clean_dataloader(self, split: Literal["train", "val"], limit: int | None = None) -> Loader:
+    def clean_dataloader(self, split: Split, limit: int | None = None, start: int = 0) -> Loader:
         """Clean images for probes, each once over all ranks; `limit`: of a fixed random subset.
 
-        The loader is not the trainer's: pass its batches to `to_device`.
+        `start`: without so many first places of the sweep. Pass the batches to `to_device`.
         """
-        data = self._clean_set(split, limit)
+        data = self._clean_set(split, limit, start)
         return self._loader(lambda: data)
 
     @property
@@ -201,7 +202,7 @@ class ImageShards(pl.LightningDataModule):
 
     # ---- parts ------------------------------------------------------------------------------
 
-    def _shards(self, split: Literal["train", "val"]) -> ShardSet:
+    def _shards(self, split: Split) -> ShardSet:
         spec = self.patterns[split]
         if not spec:
             raise UserError(f"data.{split} names no shards; give a pattern")
@@ -226,12 +227,12 @@ class ImageShards(pl.LightningDataModule):
         stream = shards.stream(seed=self.seed, unit=self.unit, streaming=streaming)
         return ShardStream(stream, **shared)
 
-    def _clean_set(self, split: Literal["train", "val"], limit: int | None) -> Any:
+    def _clean_set(self, split: Split, limit: int | None, start: int = 0) -> Any:
         shards = self.train_shards if split == "train" else self.val_shards
         if shards is None:
             raise UserError("data.val names no shards; set it to look at validation images")
         adapter = CleanExamples(self.clean_view, reads=self._examples(shards))
-        shared = {"layout": self._layout(), "seed": self.seed, "streaming": self.streaming,
+        shared = {"layout": self._layout(start), "seed": self.seed, "streaming": self.streaming,
                   "decode": adapter.decode, "collate": adapter.collate, "limit": limit}  # fmt: skip
         if (index := shards.index) is None:
             return SequentialSweep(shards.urls, **shared)

@@ -146,7 +146,8 @@ class SequentialSweep(IterableDataset[dict[str, Any]], Generic[Item]):
     """Every sample of shards without an index once over all ranks and workers.
 
     Reader i of n takes shards i, i + n, ...; with `limit`, each reader its share of so many first
-    ones. Arguments as of `ShardSweep`.
+    ones. A batch ends with its shard, and `position` is the shard's number times 2^32 and the place
+    in it, so that places do not depend on the readers. Arguments as of `ShardSweep`.
     """
 
     def __init__(
@@ -170,12 +171,14 @@ class SequentialSweep(IterableDataset[dict[str, Any]], Generic[Item]):
         share = None if self.limit is None else len(range(reader, self.limit, readers))
         faults = self.streaming.faults(readers)
         decoder = Decoder(self.decode, faults, seed=self.seed)
-        found = islice(read_through(self.urls[reader::readers], faults), share)
-        for start in count(0, self.layout.batch):
-            some = list(islice(found, self.layout.batch))
-            if not some:
-                return
-            tried = (decoder.members(sample, start + i) for i, sample in enumerate(some))
-            pairs = [pair for pair in tried if pair is not None]
-            if pairs:
-                yield finished(pairs, self.collate, position=start, bad=faults.take())
+        for number in range(reader, len(self.urls), readers):
+            found = islice(read_through([self.urls[number]], faults), share)
+            for start in count(number << 32, self.layout.batch):
+                some = list(islice(found, self.layout.batch))
+                if not some:
+                    break
+                share = None if share is None else share - len(some)
+                tried = (decoder.members(sample, start + i) for i, sample in enumerate(some))
+                pairs = [pair for pair in tried if pair is not None]
+                if pairs:
+                    yield finished(pairs, self.collate, position=start, bad=faults.take())

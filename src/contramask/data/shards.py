@@ -164,7 +164,7 @@ class ShardSweep(IterableDataset[dict[str, Any]], Generic[Item]):
 
     Args:
         index: the shards.
-        layout: the part of this rank.
+        layout: the part of this rank; the first `layout.start` places are left out.
         decode, collate, streaming: as in `ShardStream`.
         limit: the first so many of one seeded random order, None for all.
         seed: of that order: the same subset whatever the layout, a larger one holds a smaller.
@@ -199,7 +199,7 @@ class ShardSweep(IterableDataset[dict[str, Any]], Generic[Item]):
             order = np.sort(shuffled(len(order), fold(self.seed, "subset"))[: self.limit])
         step = self.layout.world * workers * self.layout.batch
         first = (worker * self.layout.world + self.layout.rank) * self.layout.batch
-        for start in range(first, len(order), step):
+        for start in range(self.layout.start + first, len(order), step):
             raw = fetch(self._find(order[start : start + self.layout.batch]))
             found = (decoder.raw(r, start + i) for i, r in enumerate(raw))
             pairs = [pair for pair in found if pair is not None]

@@ -1,0 +1,101 @@
+"""Features of train and val, extracted once under `Trainer.validate` and stored."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from contramask.data.module import ImageShards
+from contramask.models.backbone import Backbone
+from contramask.models.digest import digest_of
+from contramask.probes.evaluation import SPLITS, Split
+from contramask.probes.extraction import read
+from contramask.probes.features import Feature
+from contramask.probes.store import Bank
+from contramask.probes.store_files import PassFolder
+from contramask.probes.store_shelf import Shelf
+from contramask.training.unstored import UnstoredImages, shards_of
+from contramask.types import Batch, UserError
+
+
+def stored_features(
+    backbone: Backbone,
+    data: ImageShards,
+    trainer: pl.Trainer,
+    wanted: Sequence[Feature],
+    *,
+    folder: Path,
+    limit: int | None = None,
+    autocast: bool = False,
+    transform: str,
+) -> dict[Split, Bank]:
+    """Features of the labelled images of train and val; only what is not stored is extracted.
+
+    A stored feature is reused where backbone (weights and architecture), clean view, shards,
+    `limit` and `autocast` are the same. After a stop extraction goes on where all ranks were, with
+    any number of ranks; of shards without an index a split begins anew. The order of rows is that
+    of the shards, whatever the ranks, workers and batches.
+
+    Args:
+        backbone: loaded; it is not changed.
+        data: train and val.
+        trainer: made with `use_distributed_sampler=False`.
+        wanted: which features.
+        folder: where they are kept; every rank must see it.
+        limit: the most images of each split.
+        autocast: bfloat16 forward; features are float32 all the same.
+        transform: what the clean view is, e.g. "resize 256, centre crop 224".
+
+    Raises:
+        UserError: a stored file is damaged or of other content, another process writes there, the
+            disk is full, a split has no shards.
+    """
+    about = {
+        "backbone": digest_of(backbone),
+        "architecture": repr((backbone.spec, sorted(backbone.config.items()))),
+        "transform": transform,
+        "limit": limit,
+        "autocast": autocast,
+        "images": asdict(data.images),
+        "classes": data.num_classes,
+    }
+    shelves: dict[Split, Shelf] = {
+        split: Shelf(folder, split, about | shards_of(data, split, limit, trainer.world_size))
+        for split in SPLITS
+    }
+    missing = {split: shelf.missing(wanted) for split, shelf in shelves.items()}
+    passes: dict[Split, PassFolder] = {s: shelves[s].new_pass(m) for s, m in missing.items() if m}
+    if passes:
+        if trainer.limit_val_batches not in (None, 1.0):
+            raise UserError(
+                f"trainer.limit_val_batches is {trainer.limit_val_batches}; stored features are of "
+                "all images of a split, or of --limit of them; set that"
+            )
+        images = UnstoredImages(data, passes, limit=limit)
+        extraction = Extraction(backbone, images, autocast=autocast)
+        with images:
+            trainer.validate(extraction, datamodule=images, verbose=False)
+    return {split: shelf.open(wanted) for split, shelf in shelves.items()}
+
+
+class Extraction(pl.LightningModule):
+    """Writes the features of the loaders' images; Lightning calls it validation."""
+
+    def __init__(self, backbone: Backbone, images: UnstoredImages, *, autocast: bool = False):
+        super().__init__()
+        self.backbone, self.autocast = backbone, autocast
+        self.images = images
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        splits = list(self.images.writers)
+        for split in splits[:dataloader_idx]:
+            self.images.writers[split].end()
+        writer = self.images.writers[splits[dataloader_idx]]
+        x, y = read(self.backbone, batch, writer.features, autocast=self.autocast)
+        writer.add(batch, x, y)
+
+    def on_validation_epoch_end(self) -> None:
+        for writer in self.images.writers.values():
+            writer.end()
+        self.images.finish()
