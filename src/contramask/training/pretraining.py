@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -14,15 +13,15 @@ from contramask.objectives.objective import Objective
 from contramask.optim import Optim
 from contramask.schedule import Schedule, at
 from contramask.training.balance import balance
+from contramask.training.clocked import Clocked
 from contramask.training.dropout import seed_layers
 from contramask.training.encoding import encode
 from contramask.training.inspection import draw
-from contramask.training.ledger import Ledger
-from contramask.training.plan import agree, check_depth, check_length, check_sizes, describe, plan
-from contramask.types import Batch, Loss, Pass, Spec, Step, Tokens, UserError
+from contramask.training.plan import agree, check_depth, check_sizes, describe, plan
+from contramask.types import Batch, Loss, Pass, Spec, Step, Tokens
 
 
-class Pretraining(pl.LightningModule):
+class Pretraining(Clocked):
     """Minimise a weighted sum of objectives on one backbone.
 
     Contrastive, masked and hybrid pretraining are three configurations of it.
@@ -53,22 +52,20 @@ class Pretraining(pl.LightningModule):
         seed: int = 0,
         compile: bool = False,
     ):
-        super().__init__()
+        super().__init__(optim or Optim(), seed=seed)
         check_teachers(momentum, ema)
         spec = backbone.spec
         self.backbone = backbone
         self.objectives = nn.ModuleDict({k: make(spec) for k, make in objectives.items()})
         self.masks = nn.ModuleDict({k: make(spec) for k, make in (masks or {}).items()})
         self.weights = dict.fromkeys(objectives, 1.0) if weights is None else weights
-        self.optim, self.momentum, self.ema, self.seed = optim or Optim(), momentum, ema, seed
+        self.momentum, self.ema = momentum, ema
         self.plan = plan(self.terms)
         self.teacher = EmaCopy(backbone) if any(p.net == "teacher" for p in self.plan) else None
         check_depth(self.terms, spec)
         agree("weights", self.weights, "objectives", objectives)
         agree("masks", self.masks, "the objectives' masks", {p.mask for p in self.plan if p.mask})
         self._compile, self._networks = compile, {}
-        self._images: int | None = None  # of a micro-batch on one rank
-        self._ledger = Ledger()
 
     @property
     def terms(self) -> dict[str, Objective]:
@@ -76,11 +73,6 @@ class Pretraining(pl.LightningModule):
         return {k: m for k, m in self.objectives.items() if isinstance(m, Objective)}
 
     # ---- one step ---------------------------------------------------------------------------
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Before the first forward, and before the first rates: they need the size of a batch.
-        if self._images is None:
-            self._check(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         step = self.place(batch)
@@ -93,34 +85,13 @@ class Pretraining(pl.LightningModule):
             for buffer, value in losses[name].state.items():
                 term.get_buffer(buffer).copy_(value)
         total = self._sum(losses, step)
-        if self._due(step.index):
+        if self.due(step.index):
             self._note(losses, total, step)
         return {"loss": total, "losses": {k: v.value.detach() for k, v in losses.items()}}
 
     def encode(self, batch: Batch, step: Step) -> dict[Pass, Tokens]:
         """Every pass of the plan, computed once; equal (view, mask) pairs share one mask."""
         return encode(self.plan, self.masks, self._network, batch, step)
-
-    def place(self, batch: Batch) -> Step:
-        """Where this micro-batch stands, from its position in the stream and nothing else."""
-        step = self._place(batch)
-        if self.training and step.index != self.global_step:
-            raise RuntimeError(
-                f"the stream is at step {step.index} (position {batch['position']}), training at "
-                f"{self.global_step}: the loader did not start where the checkpoint stopped"
-            )
-        return step
-
-    def _place(self, batch: Batch) -> Step:
-        images = len(batch["label"])
-        rows = images * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        index, row = divmod(batch["position"], rows)
-        return Step(index, index / self.total_steps, self.seed, row, rows)
-
-    @property
-    def total_steps(self) -> int:
-        """Weight updates of the whole training, the unit of all schedules."""
-        return check_length(self.trainer.max_steps)
 
     def _sum(self, losses: Mapping[str, Loss], step: Step) -> Tensor:
         # A term of weight 0 is multiplied, not skipped: parameters without gradient stop DDP.
@@ -135,47 +106,9 @@ class Pretraining(pl.LightningModule):
             self._networks[net] = torch.compile(module) if self._compile else module
         return self._networks[net]
 
-    # ---- the clock --------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optim.build(self.named_parameters(), fused=True)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """One tick: write the rates, move the weights, move the teachers."""
-        progress = self.global_step / self.total_steps
-        lr = self.optim.set(optimizer, progress, self.global_batch)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def moved(self, progress: float) -> None:
         if self.ema == "after":
             self._move_teachers(progress)
-        if self._due(self.global_step):
-            decay = at(self.optim.decay, progress)
-            self._ledger.add({"optim/lr": lr, "optim/weight_decay": decay})
-            self._report()
-
-    @property
-    def global_batch(self) -> int:
-        """Images of one update, over ranks and accumulated micro-batches."""
-        assert self._images is not None
-        return self._images * self.trainer.world_size * self.trainer.accumulate_grad_batches
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the recipe says and log the norm before clipping."""
-        if gradient_clip_val is not None:
-            raise UserError(
-                f"trainer.gradient_clip_val is {gradient_clip_val}; clipping is part of the "
-                "recipe: set model.optim.clip instead"
-            )
-        if self._due(self.global_step):
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self._ledger.add({"optim/grad_norm": nn.utils.get_total_norm(gradients)})
-        self.optim.shorten(self.named_parameters(), self.global_step / self.total_steps)
 
     def _move_teachers(self, progress: float) -> None:
         momentum = at(self.momentum, progress)
@@ -185,10 +118,6 @@ class Pretraining(pl.LightningModule):
 
     # ---- what is shown ----------------------------------------------------------------------
 
-    def _due(self, index: int) -> bool:
-        every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        return (index + 1) % every == 0
-
     def _note(self, losses: Mapping[str, Loss], total: Tensor, step: Step) -> None:
         shown: dict[str, Tensor | float] = {"train/loss": total}
         for name, loss in losses.items():
@@ -197,15 +126,7 @@ class Pretraining(pl.LightningModule):
             shown |= {f"train/{name}/{k}": v for k, v in loss.logs.items()}
         if self.teacher is not None:
             shown["optim/ema_momentum"] = at(self.momentum, step.progress)
-        self._ledger.add(shown)
-
-    def _report(self) -> None:
-        shown = self._ledger.close(self.device)
-        self.log_dict(shown, logger=False, batch_size=1)  # for callbacks
-        # Not by way of the trainer: it tells loggers after a checkpoint was written, and a run that
-        # is stopped there would lack this row for ever.
-        for logger in self.trainer.loggers:
-            logger.log_metrics(shown, step=self.global_step + 1)  # updates done
+        self.ledger.add(shown)
 
     @torch.no_grad()
     def inspect(self, batch: Batch, images: int = 8) -> dict[str, dict[str, Tensor]]:
@@ -233,11 +154,10 @@ class Pretraining(pl.LightningModule):
         """What will be computed in a step and how many parameters there are, in a few lines."""
         return describe(self.parameters(), self.plan, self.terms)
 
-    def _check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> None:
         """Refuse data the objectives or the backbone cannot use, before the first forward."""
         crops = {name: len(view) for name, view in batch["views"].items()}
         for term in self.terms.values():
             term.check(crops, len(batch["label"]))
         sizes = {name: tuple(view.shape[-2:]) for name, view in batch["views"].items()}
         check_sizes(self.plan, sizes, self.backbone.spec)
-        self._images = len(batch["label"])
