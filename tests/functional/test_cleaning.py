@@ -155,3 +155,12 @@ def test_half_precision_is_cleaned_in_float32():
     found = cleaner("zscore", x)(x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, cleaner("zscore", x.float())(x.float()))
+
+
+@pytest.mark.parametrize("word", ["zscore", "pca", "top2", "raw"])
+def test_a_row_is_cleaned_alike_in_any_company(word: str):
+    x = loud(3000)
+    found = cleaner(word, x)
+    whole = found(x)
+    assert torch.equal(torch.cat([found(x[:1]), found(x[1:40]), found(x[40:])]), whole)
+    torch.testing.assert_close(whole.mean(0), found.centre, rtol=1e-4, atol=1e-4)

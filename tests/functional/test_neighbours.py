@@ -1,5 +1,6 @@
 """The weighted nearest-neighbour vote."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from contramask.functional.neighbours import nearest, vote
+from contramask.functional.neighbours import ballot, nearest, vote
+from contramask.functional.search import Metric, Search, closest
 from contramask.types import UserError
 
 Q, N, D, C = 7, 23, 5, 4
@@ -87,7 +89,7 @@ def test_one_neighbour_that_is_the_query_votes_for_its_label_with_exp_of_one_ove
 def test_the_nearest_decides_when_the_temperature_is_low_and_the_majority_when_it_is_high():
     bank = F.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.5], [1.0, -0.5]]), dim=1)
     query, y = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 1, 1])
-    assert vote(query, bank, y, ks=(3,), classes=2, temperature=0.01)[3].argmax() == 0
+    assert vote(query, bank, y, ks=(3,), classes=2, temperature=1 / 80)[3].argmax() == 0
     assert vote(query, bank, y, ks=(3,), classes=2, temperature=10.0)[3].argmax() == 1
 
 
@@ -99,6 +101,191 @@ def test_the_nearest_come_first():
     products, places = nearest(unit(Q), unit(N, 1), k=5, elements=2 * N)
     assert (products.diff(dim=1) <= 0).all()
     torch.testing.assert_close(products, (unit(Q) @ unit(N, 1).mT).gather(1, places))
+
+
+METRICS: list[Metric] = ["cosine", "dot", "l2"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_metric_is_that_of_its_definition(metric: Metric):
+    """In float64, by loops; rows of different lengths, so that the metrics disagree."""
+    queries, bank = 3 * unit(Q) + 1, unit(N, 1) * torch.linspace(0.2, 9, N)[:, None]
+    q, b = queries.double().numpy(), bank.double().numpy()
+    by = {
+        "cosine": lambda x, y: np.dot(x, y) / np.linalg.norm(x) / np.linalg.norm(y),
+        "dot": np.dot,
+        "l2": lambda x, y: -((x - y) ** 2).sum(),
+    }
+    expected = np.array([[by[metric](x, y) for y in b] for x in q])
+    found = nearest(queries, bank, k=6, metric=metric)
+    order = np.argsort(-expected, axis=1)[:, :6]
+    np.testing.assert_array_equal(found.numbers, order)
+    np.testing.assert_allclose(
+        found.similarities, np.take_along_axis(expected, order, 1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_uniform_votes_are_those_of_scikit_learn(metric: Metric):
+    queries, bank, y = unit(200), unit(150, 1) * torch.linspace(0.2, 3, 150)[:, None], labels(150)
+    near = nearest(queries, bank, k=50, metric=metric)
+    found = ballot(near.similarities, y[near.numbers], ks=(1, 7, 50), classes=C, weights="uniform")
+    for k, votes in found.items():
+        theirs = KNeighborsClassifier(
+            n_neighbors=k,
+            algorithm="brute",
+            metric="cosine" if metric == "cosine" else "euclidean",
+        ).fit(bank.numpy(), y.numpy())
+        expected = torch.from_numpy(k * theirs.predict_proba(queries.numpy())).round()
+        assert torch.equal(votes.floor().double(), expected)
+        clear = expected.sort(dim=1).values[:, -2:].diff(dim=1)[:, 0] > 0
+        assert clear.sum() > 100
+        assert torch.equal(votes.argmax(1)[clear], expected.argmax(1)[clear])
+
+
+def test_of_equal_counts_the_class_of_the_nearest_wins():
+    chosen = torch.tensor([[2, 1, 1, 2], [3, 1, 2, 0], [0, 3, 3, 3]])
+    votes = ballot(torch.zeros(3, 4), chosen, ks=(1, 2, 3, 4), classes=C, weights="uniform")
+    assert {k: v.argmax(1).tolist() for k, v in votes.items()} == {
+        1: [2, 3, 0],
+        2: [2, 3, 0],
+        3: [1, 3, 3],
+        4: [2, 3, 3],
+    }
+    assert votes[4].floor().tolist() == [[0, 2, 2, 0], [1, 1, 1, 1], [1, 0, 0, 3]]
+
+
+def test_counts_of_thousands_are_still_exact():
+    k = 5000
+    chosen = torch.arange(k)[None] % 2
+    votes = ballot(torch.zeros(1, k), chosen, ks=(k, k - 1), classes=2, weights="uniform")
+    assert votes[k].argmax() == 0
+    assert votes[k].floor().tolist() == [[k / 2, k / 2]]
+    assert votes[k - 1].floor().tolist() == [[k / 2, k / 2 - 1]]
+
+
+def with_twins(rows: int, dim: int) -> torch.Tensor:
+    """A bank in which every fourth row is one of two: more equals than any k here."""
+    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(3)) + 2
+    x[::8], x[4::8] = x[0], x[4]
+    return x
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@settings(max_examples=12, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 400), max_size=5),
+    turn=st.integers(0, 5),
+    k=st.integers(1, 60),
+    queries=st.integers(0, 30),
+)
+def test_parts_of_the_bank_change_no_bit(metric: Metric, cuts, turn: int, k: int, queries: int):
+    """Any parts, in any order, empty ones too, and other queries beside: ties go by the number."""
+    bank, numbers = with_twins(400, 19), torch.arange(400)
+    whole = nearest(bank, bank, k=k, metric=metric)
+    centre = bank.mean(0, dtype=torch.float64)
+    edges = [0, *sorted(cuts), 400]
+    parts = [slice(*edge) for edge in itertools.pairwise(edges)]
+    search = Search(bank[:queries], k=k, metric=metric, centre=centre)
+    for part in parts[turn:] + parts[:turn]:
+        search.add(bank[part], numbers[part])
+    found = search.found()
+    assert torch.equal(found.similarities, whole.similarities[:queries])
+    assert torch.equal(found.numbers, whole.numbers[:queries])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_equally_near_rows_the_lower_number_is_first(metric: Metric):
+    bank = with_twins(400, 19)
+    found = nearest(bank[:1], bank, k=30, metric=metric)
+    same = found.similarities[0] == found.similarities[0, 0]
+    # A longer row may have a larger inner product than the twins have among themselves.
+    if metric != "dot":
+        assert found.numbers[0].tolist() == list(range(0, 240, 8))
+        assert same.all()
+    tied = found.similarities[0].diff() == 0
+    assert tied.any()
+    assert (found.numbers[0].diff()[tied] > 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_own_row_is_left_out_and_its_twins_are_not(metric: Metric):
+    bank, k = with_twins(100, 19), 99
+    own = torch.arange(100)
+    own[7] = -1  # not in the bank
+    search = Search(bank, k=k, metric=metric, own=own, centre=bank.mean(0))
+    search.add(bank[:31], torch.arange(31))
+    search.add(bank[31:], torch.arange(31, 100))
+    found, whole = search.found(), nearest(bank, bank, k=100, metric=metric)
+    for i, numbers in enumerate(found.numbers.tolist()):
+        others = [n for n in whole.numbers[i].tolist() if n != i]
+        assert numbers == (whole.numbers[i].tolist()[:k] if i == 7 else others)
+    assert found.similarities.isfinite().all()
+
+
+def test_a_search_that_saw_too_few_rows_says_so():
+    search = Search(unit(Q), k=5, metric="cosine")
+    search.add(unit(N)[:2], torch.tensor([3, 9]))
+    found = search.found()
+    assert found.numbers[:, :2].sort(dim=1).values.tolist() == [[3, 9]] * Q
+    assert found.similarities[:, 2:].eq(-torch.inf).all()
+    values, numbers = closest(
+        torch.tensor([[1.0, 2.0, 1.0, 3.0]]), torch.tensor([[8, 4, 2, 6]]), k=3
+    )
+    assert (values.tolist(), numbers.tolist()) == ([[3.0, 2.0, 1.0]], [[6, 4, 2]])
+
+
+def test_distances_far_from_zero_do_not_cancel():
+    queries, bank = unit(Q) + 3000, unit(N, 1) + 3000
+    found = nearest(queries, bank, k=N, metric="l2")
+    expected = -torch.cdist(queries.double(), bank.double()).square()
+    torch.testing.assert_close(
+        found.similarities.double(), expected.gather(1, found.numbers), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_autocast_and_tf32_change_nothing():
+    queries, bank = unit(Q), unit(N, 1)
+    expected = nearest(queries, bank, k=5)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = nearest(queries, bank, k=5)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found.similarities, expected.similarities)
+
+
+def test_memory_is_that_of_the_formula():
+    """What is allocated at most, beside queries and bank, by torch's own account of the CPU."""
+    rows, dim, k, bound = 40_000, 48, 20, 2**22
+    queries, bank = torch.randn(300, dim), torch.randn(rows, dim)
+    peaks = {}
+    for count in (rows, rows // 2):
+        search = Search(queries, k=k, metric="l2", centre=bank[0], elements=2**20)
+        assert search.width * search.rows <= 2**20
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            search.add(bank[:count], torch.arange(rows)[:count])
+        held = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        peaks[count] = peak
+        formula = 4 * search.rows * search.width + 3 * 4 * search.width * dim
+        assert peak < formula + 12 * k * len(queries) + bound, (peak, formula)
+    assert 2**20 < peaks[rows] < 1.01 * peaks[rows // 2] + 8 * rows
+
+
+def test_a_temperature_that_leaves_float32_is_named():
+    for temperature in (0.0, 0.012, -1.0, math.nan):
+        with pytest.raises(UserError, match=r"allowed are 0\.0125 and more"):
+            vote(unit(Q), unit(N), labels(N), ks=(1,), classes=C, temperature=temperature)
+    coldest = vote(unit(N), unit(N), labels(N), ks=(N,), classes=C, temperature=1 / 80)
+    assert coldest[N].isfinite().all()
 
 
 @pytest.mark.parametrize("ks", [(N + 1,), (3, N + 1), (0,), (-2, 3), ()])

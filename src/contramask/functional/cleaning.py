@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from contramask.functional.channels import top_channels
+from contramask.functional.search import full_precision
 from contramask.types import UserError
 
 Kind = Literal["raw", "zscore", "pca", "top"]
@@ -21,6 +23,9 @@ Reduce = Callable[[Tensor], Tensor]
 
 # Numbers in float64 that are held at once: 64 MiB.
 ELEMENTS = 2**23
+
+# Rows of one product with the whitening matrix.
+TILE = 1024
 
 _WORD = re.compile(r"(raw|zscore|pca)|(pca|top)([1-9]\d*)")
 
@@ -99,6 +104,13 @@ class Cleaner:
     kept: Int[Tensor, " G"] | None = None
 
     @property
+    def centre(self) -> Float[Tensor, " G"]:
+        """Where the train rows have their mean once they are cleaned."""
+        if self.scale is not None or self.basis is not None:
+            return self.mean.new_zeros(self.width)
+        return self.mean if self.kept is None else self.mean[self.kept]
+
+    @property
     def width(self) -> int:
         """G, the length of a cleaned row."""
         if self.basis is not None:
@@ -120,7 +132,7 @@ class Cleaner:
             if self.kept is not None:
                 torch.index_select(x, 1, self.kept, out=out)
             elif self.basis is not None:
-                torch.mm(x - self.mean, self.basis, out=out)
+                _times(x - self.mean, self.basis, out)
             elif self.scale is not None:
                 torch.mul(x - self.mean, self.scale, out=out)
         return cleaned
@@ -210,6 +222,19 @@ def _whitening(
     # A direction has no sign of its own: the largest entry is made positive, on every machine.
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     return basis * largest.sign() / values[:held].sqrt()
+
+
+def _times(x: Float[Tensor, "n F"], basis: Float[Tensor, "F G"], out: Tensor) -> None:
+    """Products of one shape, so that a row's bits do not hang on how many rows come with it.
+
+    Columns are padded too: libraries end a product of odd width by another order of summing.
+    """
+    basis = pad(basis, (0, -basis.shape[1] % 64))
+    with full_precision(x.device):
+        for start in range(0, len(x), TILE):
+            part = x[start : start + TILE]
+            product = pad(part, (0, 0, 0, TILE - len(part))) @ basis
+            out[start : start + TILE] = product[: len(part), : out.shape[1]]
 
 
 def _check(cleaning: Cleaning, sums: Float[Tensor, "2 F"]) -> None:
