@@ -64,8 +64,10 @@ def stored_features(
         split: Shelf(folder, split, about | shards_of(data, split, limit, trainer.world_size))
         for split in SPLITS
     }
-    missing = {split: shelf.missing(wanted) for split, shelf in shelves.items()}
-    passes: dict[Split, PassFolder] = {s: shelves[s].new_pass(m) for s, m in missing.items() if m}
+    passes: dict[Split, PassFolder] = {}
+    for split, shelf in shelves.items():
+        if missing := shelf.missing(wanted):
+            passes[split] = shelf.new_pass(missing)
     if passes:
         if trainer.limit_val_batches not in (None, 1.0):
             raise UserError(
