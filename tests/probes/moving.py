@@ -9,11 +9,11 @@ from PIL import Image
 
 from contramask.data.video_files import write_mask
 
-SIZE = (40, 56)
+SIZE = (48, 68)
 # index -> colour, start (row, column), step a frame, side
 SQUARES = {
-    2: ((230, 30, 40), (4, 4), (1, 3), 16),
-    5: ((20, 60, 220), (20, 36), (-1, -2), 12),
+    2: ((230, 30, 40), (4, 4), (0, 4), 20),
+    5: ((20, 60, 220), (28, 46), (0, -2), 16),
 }
 
 
