@@ -41,9 +41,20 @@ def test_its_numbers_are_those_of_the_probe_on_extracted_features():
 
 
 def test_a_k_larger_than_the_bank_is_named():
-    module = KNNEvaluation(TinyBackbone(), ks=(10, 200))
+    module = KNNEvaluation(TinyBackbone(), ks=(200,))
     with pytest.raises(UserError, match="k is 200; the bank has 50"):
         trainer().validate(module, datamodule=CleanImages(TinyData()), verbose=False)
+
+
+def test_of_several_ks_those_beyond_the_bank_are_skipped_and_counted():
+    module = KNNEvaluation(TinyBackbone(), ks=(10, 51, 200), metrics=("cosine", "dot", "l2"))
+    trainer().validate(module, datamodule=CleanImages(TinyData()), verbose=False)
+    assert set(module.result["values"]) == {"k10_top1", "k10_top5", "images"}
+    assert [row["k"] for row in module.result["table"]] == [10, 10, 10]
+    assert module.result["notes"] == [
+        "k = 51, 200: more than the bank of 50 rows allows, 6 numbers skipped"
+    ]
+    assert "k = 10, bank of 50" in module.result["protocol"]
 
 
 def test_limit_reaches_the_loaders():

@@ -12,10 +12,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from contramask.functional.channels import top_channels
-from contramask.functional.search import full_precision
+from contramask.functional.whitening import times, whitening
 from contramask.types import UserError
 
 Kind = Literal["raw", "zscore", "pca", "top"]
@@ -23,9 +22,6 @@ Reduce = Callable[[Tensor], Tensor]
 
 # Numbers in float64 that are held at once: 64 MiB.
 ELEMENTS = 2**23
-
-# Rows of one product with the whitening matrix.
-TILE = 1024
 
 _WORD = re.compile(r"(raw|zscore|pca)|(pca|top)([1-9]\d*)")
 
@@ -71,10 +67,7 @@ class Cleaning:
         }[self.kind]
 
     def check(self, width: int) -> None:
-        """Raise `UserError` where features of this width F cannot be cleaned so.
-
-        `top` leaves one channel at least, `pca` has F components at most.
-        """
+        """Raise `UserError` where features have too few channels, of which `top` leaves one."""
         most = width - (self.kind == "top")
         if self.number is not None and self.number > most:
             what = "removes channels" if self.kind == "top" else "keeps components"
@@ -119,20 +112,17 @@ class Cleaner:
 
     @torch.no_grad()
     def __call__(self, rows: Float[Tensor, "N F"]) -> Float[Tensor, "N G"]:
-        """Cleaned rows, float32, on the device of the statistics; `raw` makes no copy.
-
-        Beside its result it holds some 64 MiB, however many rows there are.
-        """
+        """Cleaned rows, float32, on the device of the statistics; beside them some 64 MiB."""
         rows = rows.to(self.variance.device)
         if self.cleaning.kind == "raw":
-            return rows.float()
+            return rows.float()  # no copy of float32
         cleaned = rows.new_empty((len(rows), self.width), dtype=torch.float32)
         for part, out in zip(_parts(rows), _parts(cleaned, rows.shape[1]), strict=True):
             x = part.float()
             if self.kept is not None:
                 torch.index_select(x, 1, self.kept, out=out)
             elif self.basis is not None:
-                _times(x - self.mean, self.basis, out)
+                times(x - self.mean, self.basis, out)
             elif self.scale is not None:
                 torch.mul(x - self.mean, self.scale, out=out)
         return cleaned
@@ -143,12 +133,17 @@ def _same(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit(cleaning: Cleaning, rows: Float[Tensor, "N F"], *, total: Reduce = _same) -> Cleaner:
+def fit(
+    cleaning: Cleaning,
+    rows: Float[Tensor, "N F"],
+    *,
+    total: Reduce = _same,
+    device: torch.device | None = None,
+) -> Cleaner:
     """Take the statistics of train that a cleaning needs.
 
-    Sums are of float64 and of two passes (first the mean, then deviations from it), so that they
-    lose no digits however far the mean is from 0. Statistics are then rounded to float32. Beside
-    them 64 MiB are held, and for `pca` a few matrices of F x F.
+    Sums are of float64 and of two passes, first the mean, then deviations from it; statistics are
+    rounded to float32. Beside them 64 MiB are held, and for `pca` a few matrices of F x F.
 
     What does not vary is not blown up. A channel of which the standard deviation is at most the
     rounding of float32 at its root mean square is constant: z-scored it is 0. Whitening drops
@@ -159,16 +154,17 @@ def fit(cleaning: Cleaning, rows: Float[Tensor, "N F"], *, total: Reduce = _same
         cleaning: which.
         rows: of train; with several ranks those of this rank, also none.
         total: sums a float64 tensor over ranks (`contramask.distributed.total`), which all call.
+        device: where the sums are made and the cleaner works; None: where the rows are.
 
     Raises:
-        UserError: for no rows at all, rows that are not finite, a number beyond the width, or
-            whitening of rows that are all alike.
+        UserError: for no rows at all, rows that are not finite or, to be whitened, all alike, or a
+            number beyond the width.
     """
     width = rows.shape[1]
     cleaning.check(width)
-    sums = rows.new_zeros((2, width), dtype=torch.float64)
+    sums = torch.zeros((2, width), dtype=torch.float64, device=device or rows.device)
     for part in _parts(rows):
-        x = part.double()
+        x = part.to(sums)
         sums[0] += x.sum(0)
         sums[1] += float(len(x))
     sums = total(sums)
@@ -177,7 +173,7 @@ def fit(cleaning: Cleaning, rows: Float[Tensor, "N F"], *, total: Reduce = _same
     whitens = cleaning.kind == "pca"
     scatter = mean.new_zeros((width, width) if whitens else width)
     for part in _parts(rows):
-        x = part.double() - mean
+        x = part.to(mean) - mean
         scatter += x.mT @ x if whitens else x.square().sum(0)
     spread = total(scatter) / sums[1, 0]
     variance = (spread.diagonal() if whitens else spread).clone()
@@ -195,7 +191,7 @@ def _cleaner(cleaning: Cleaning, mean: Tensor, variance: Tensor, spread: Tensor)
             found = {"scale": scale.float()}
         case "pca":
             least = len(mean) ** 0.5 * step * size.max()
-            basis = _whitening(spread, least, cleaning.number)
+            basis = whitening(spread, least, cleaning.number)
             found = {"basis": basis.float()}
         case "top":
             assert cleaning.number is not None
@@ -203,38 +199,6 @@ def _cleaner(cleaning: Cleaning, mean: Tensor, variance: Tensor, spread: Tensor)
             kept[top_channels(variance, cleaning.number)] = False
             found = {"kept": kept.nonzero()[:, 0]}
     return Cleaner(cleaning, variance.float(), mean.float(), **found)
-
-
-def _whitening(
-    covariance: Float[Tensor, "F F"], least: Float[Tensor, ""], number: int | None
-) -> Float[Tensor, "F G"]:
-    """Principal directions over their standard deviations, most variance first."""
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0), vectors.flip(1)
-    held = int((values.clamp(min=0).sqrt() > least).sum())
-    if held == 0:
-        raise UserError(
-            "cleaning pca: the train rows are all alike, no direction varies; choose another "
-            "feature or remove pca from cleanings"
-        )
-    held = min(held, number or held)
-    basis = vectors[:, :held]
-    # A direction has no sign of its own: the largest entry is made positive, on every machine.
-    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    return basis * largest.sign() / values[:held].sqrt()
-
-
-def _times(x: Float[Tensor, "n F"], basis: Float[Tensor, "F G"], out: Tensor) -> None:
-    """Products of one shape, so that a row's bits do not hang on how many rows come with it.
-
-    Columns are padded too: libraries end a product of odd width by another order of summing.
-    """
-    basis = pad(basis, (0, -basis.shape[1] % 64))
-    with full_precision(x.device):
-        for start in range(0, len(x), TILE):
-            part = x[start : start + TILE]
-            product = pad(part, (0, 0, 0, TILE - len(part))) @ basis
-            out[start : start + TILE] = product[: len(part), : out.shape[1]]
 
 
 def _check(cleaning: Cleaning, sums: Float[Tensor, "2 F"]) -> None:
