@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from contramask.probes.features import CLS, Feature
 from contramask.probes.grid_heads import VectorNorm
@@ -84,6 +85,30 @@ class Cell:
             f"linear: {layer}{r.about()}, {rate}, {r.curve()}, {r.epochs} epochs of {self.rows} "
             f"train images{labels} in batches of {min(r.batch, self.rows)}, seed {r.seed}"
         )
+
+    def row(self, recipe: LinearRecipe, transform: str) -> dict[str, Any]:
+        """What a table says of it; `fraction` or `per_class` is None, whichever was not given.
+
+        `transform` is what the clean view is, for the protocol.
+        """
+        few = self.share.per_class
+        return {
+            "source": self.feature.source,
+            "pool": self.feature.pool,
+            "backbone_norm": self.feature.norm,
+            "vector_norm": self.norm,
+            "fraction": self.share.fraction if few is None else None,
+            "per_class": few,
+            "rows": self.rows,
+            "rate": self.rate,
+            "edge": self.edge,
+            "held_out": self.held_out,
+            "top1": self.top1,
+            **({} if self.top5 is None else {"top5": self.top5}),
+            "images": self.images,
+            "protocol": f"{self.protocol(recipe)}; {self.feature.about()}, no augmentation, "
+            f"{transform}; {self.images} val images",
+        }
 
 
 def missing_classes(train: Bank, val: Bank) -> list[str]:
