@@ -12,6 +12,7 @@ from contramask.types import UserError
 KINDS = {
     "linear": ("probe_linear", "accuracy of a linear layer"),
     "knn": ("probe_knn", "accuracy of the nearest neighbours"),
+    "track": ("probe_track", "objects followed through videos, instances found again"),
 }
 
 
