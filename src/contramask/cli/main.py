@@ -14,6 +14,7 @@ VERBS = {
     "quickstart": ("quickstart", "the whole story on an embedded data set, in minutes"),
     "pack": ("pack", "images to WebDataset shards with an index; check shards"),
     "pretrain": ("pretrain", "train a ViT by contrastive, masked or hybrid objectives"),
+    "finetune": ("finetune", "train all weights of a run to name classes, also from few labels"),
     "probe": ("probe", "what frozen features hold: linear, k-NN, patches, retrieval, video ..."),
     "evaluate": ("evaluate", "a suite of probes of one or several models: a table"),
     "analyze": ("analyze", "CKA, attention, spectra, classes by depth of a model: a report"),
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"verbs are {', '.join(VERBS)}"
         fail(f"no verb {verb!r}; {hint}")
-    if argv is None and verb == "pretrain":
+    if argv is None and verb in ("pretrain", "finetune"):
         # SLURM may warn a job while it imports; the default answer to SIGUSR1 is death.
         inbox.watch()
     module = importlib.import_module(f"contramask.cli.{VERBS[verb][0]}")
