@@ -1,6 +1,6 @@
 """Retrieval evaluation of a frozen backbone, under `Trainer.validate`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch.utils.data import DataLoader, TensorDataset
 
 from contramask.distributed import gather, rank
 from contramask.models.backbone import Backbone
@@ -67,8 +66,15 @@ class RetrievalImages(pl.LightningDataModule):
 
     def _loader(self, name: Loaded) -> Any:
         if self.limits[name] == 0:  # which data modules need not know
-            return DataLoader(TensorDataset(torch.empty(0)))
+            return _Nothing()
         return self.data.clean_dataloader(LOADERS[name], self.limits[name])
+
+
+class _Nothing:
+    """A loader without a batch; Lightning warns of those that say so beforehand."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(())
 
 
 class RetrievalEvaluation(pl.LightningModule):
