@@ -51,19 +51,15 @@ def stored_features(
         UserError: a stored file is damaged or of other content, another process writes there, the
             disk is full, a split has no shards.
     """
-    about = {
-        "backbone": digest_of(backbone),
-        "architecture": repr((backbone.spec, sorted(backbone.config.items()))),
-        "transform": transform,
-        "limit": limit,
-        "autocast": autocast,
-        "images": asdict(data.images),
-        "classes": data.num_classes,
-    }
-    shelves: dict[Split, Shelf] = {
-        split: Shelf(folder, split, about | shards_of(data, split, limit, trainer.world_size))
-        for split in SPLITS
-    }
+    shelves = shelves_of(
+        backbone,
+        data,
+        folder=folder,
+        limit=limit,
+        autocast=autocast,
+        transform=transform,
+        ranks=trainer.world_size,
+    )
     passes: dict[Split, PassFolder] = {}
     for split, shelf in shelves.items():
         if missing := shelf.missing(wanted):
@@ -79,6 +75,32 @@ def stored_features(
         with images:
             trainer.validate(extraction, datamodule=images, verbose=False)
     return {split: shelf.open(wanted) for split, shelf in shelves.items()}
+
+
+def shelves_of(
+    backbone: Backbone,
+    data: ImageShards,
+    *,
+    folder: Path,
+    limit: int | None,
+    autocast: bool,
+    transform: str,
+    ranks: int = 1,
+) -> dict[Split, Shelf]:
+    """Where the features of train and val are, by all that they hang on; see `stored_features`."""
+    about = {
+        "backbone": digest_of(backbone),
+        "architecture": repr((backbone.spec, sorted(backbone.config.items()))),
+        "transform": transform,
+        "limit": limit,
+        "autocast": autocast,
+        "images": asdict(data.images),
+        "classes": data.num_classes,
+    }
+    return {
+        split: Shelf(folder, split, about | shards_of(data, split, limit, ranks))
+        for split in SPLITS
+    }
 
 
 class Extraction(pl.LightningModule):
