@@ -12,6 +12,9 @@ from contramask.types import UserError
 KINDS = {
     "linear": ("probe_linear", "accuracy of a linear layer"),
     "knn": ("probe_knn", "accuracy of the nearest neighbours"),
+    "patches": ("probe_patches", "few-shot segmentation from single patches, layer by layer"),
+    "retrieval": ("probe_retrieval", "patches, images of a class and distorted copies found again"),
+    "robustness": ("probe_robustness", "accuracy on degraded images; shape against texture"),
     "track": ("probe_track", "objects followed through videos, instances found again"),
 }
 
