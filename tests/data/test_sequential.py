@@ -144,3 +144,16 @@ def test_a_sweep_sees_each_sample_once(urls, monkeypatch, world, workers, limit)
         assert sorted(seen) == list(range(300))
     else:
         assert len(seen) == (50 if world * workers <= 8 else 8 * 3 + 2)
+
+
+def test_places_of_a_sweep_do_not_depend_on_its_readers(urls, monkeypatch):
+    """Sorted by place, samples come as the shards list them."""
+    for world, workers in ((1, 1), (2, 1), (1, 3), (3, 2)):
+        places = {}
+        for rank in range(world):
+            for worker in range(workers):
+                monkeypatch.setattr(sequential, "place_of_worker", lambda w=worker: (w, workers))
+                layout = Layout(7, rank, world)
+                for b in SequentialSweep(urls, layout=layout, decode=number, collate=numbers):
+                    places |= {b["position"] + i: n for i, n in enumerate(b["numbers"])}
+        assert [places[p] for p in sorted(places)] == list(range(300))

@@ -50,6 +50,21 @@ def test_subsets_are_nested_and_seeded(index, monkeypatch):
     assert subset(30, 1) != subset(30, 2)
 
 
+@pytest.mark.parametrize("limit", [None, 500])
+def test_a_sweep_begins_where_it_is_told(index, limit):
+    """With whatever ranks and batches: the places from there on, and no other."""
+    whole = list(ShardSweep(index, layout=Layout(12), decode=number, collate=numbers, limit=limit))
+    expected = [n for b in whole for n in b["numbers"]][120:]
+    for world, batch in ((1, 12), (3, 7)):
+        found = {}
+        for rank in range(world):
+            layout = Layout(batch, rank, world, start=120)
+            for b in ShardSweep(index, layout=layout, decode=number, collate=numbers, limit=limit):
+                found |= {b["position"] + i: n for i, n in enumerate(b["numbers"])}
+        assert [found[place] for place in sorted(found)] == expected
+        assert min(found) == 120
+
+
 def test_a_sweep_leaves_out_the_bad(tmp_path, monkeypatch):
     index = one_bad_shard(tmp_path, lambda p: overwrite(p, header(p, JPG), bytes(512)))
     (batches,) = swept(index, monkeypatch, streaming=Streaming(max_bad=0.1))

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
@@ -249,6 +251,29 @@ def test_rows_read_from_part_files_are_the_rows_in_memory(tmp_path, monkeypatch)
     for one, other in zip(found.heads, expected.heads, strict=True):
         assert torch.equal(one.weight, other.weight)
     assert B not in stored.x._joined  # beartype looks at the first
+
+
+def _on_a_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+    grid = fitted(bank(), Axes((A, B), ("batch",), (Share(), Share(0.3)), RECIPE))
+    grid.score(bank(31, seed=1))
+    cells = [(c.top1, c.top5, c.images, c.rate) for c in grid.cells]
+    torch.save((cells, [h.weight for h in grid.heads]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+# forked, which is the quickest way to have two
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_two_ranks_are_one_process(tmp_path):
+    """Each scores its part of 31 images, an odd number."""
+    mp.start_processes(_on_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    grid = fitted(bank(), Axes((A, B), ("batch",), (Share(), Share(0.3)), RECIPE))
+    grid.score(bank(31, seed=1))
+    for rank in range(2):
+        cells, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert cells == [(c.top1, c.top5, c.images, c.rate) for c in grid.cells]
+        for weight, heads in zip(weights, grid.heads, strict=True):
+            assert torch.equal(weight, heads.weight)
 
 
 @pytest.mark.parametrize("kind", ["avg", "cls"])
