@@ -45,19 +45,19 @@ def scene(n: int, size: tuple[int, int] = (17, 26)) -> tuple[np.ndarray, np.ndar
     return picture, mask
 
 
-def members(n: int, **changes: bytes) -> dict[str, bytes]:
-    picture, mask = scene(n)
+def members(n: int, *, size: tuple[int, int] = (17, 26), **changes: bytes) -> dict[str, bytes]:
+    picture, mask = scene(n, size)
     found = {"png": encoded(picture), "seg.png": encoded(mask)}
     return found | {name.replace("_", "."): data for name, data in changes.items()}
 
 
-def shard(path, numbers, **changes: bytes):
+def shard(path, numbers, *, size: tuple[int, int] = (17, 26), **changes: bytes):
     """A shard of scenes, the first of them changed."""
     first = next(iter(numbers), None)
     parts = [
         (f"s{n:03d}.{suffix}", data)
         for n in numbers
-        for suffix, data in members(n, **(changes if n == first else {})).items()
+        for suffix, data in members(n, size=size, **(changes if n == first else {})).items()
     ]
     return write_tar(path, parts)
 

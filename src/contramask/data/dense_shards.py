@@ -125,6 +125,12 @@ class DenseShards(ImageShards):
             )
         return held if wanted is None else wanted
 
+    def about(self) -> list[str]:
+        """All that its batches hang on, beside `dense`, in words to compare."""
+        shards = [shard.sha256 for split in ("train", "val") for shard in self.index(split).shards]
+        subset = (self.train_images, self.val_images, self.patches_per_image, self.seed)
+        return [*shards, repr(subset), repr(self.images), str(self.batch_size)]
+
     def index(self, split: Split) -> Index:
         """Where each sample of a split is. Raises `UserError` where there is none with a mask."""
         return self._indexes[split]

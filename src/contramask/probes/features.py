@@ -143,10 +143,21 @@ def patch_features(
     norm: Norm = "final",
 ) -> Float[Tensor, "B N F"]:
     """The patches of images, row by row, in place of one vector; of several blocks side by side."""
-    feature = Feature(source, "mean", norm)
-    read = _read_blocks(backbone, images, [feature])
-    blocks = feature.blocks(backbone.spec.depth)
-    return torch.cat([read[b, norm][1].float() for b in blocks], dim=2)
+    return patch_feature_set(backbone, images, [source], norm=norm)[0]
+
+
+def patch_feature_set(
+    backbone: Backbone,
+    images: Float[Tensor, "B 3 H W"],
+    sources: Sequence[str],
+    *,
+    norm: Norm = "final",
+) -> list[Float[Tensor, "B N _"]]:
+    """The patches of several sources from one forward, in their order; see `patch_features`."""
+    wanted = [Feature(source, "mean", norm) for source in sources]
+    read = _read_blocks(backbone, images, wanted)
+    blocks = [feature.blocks(backbone.spec.depth) for feature in wanted]
+    return [torch.cat([read[b, norm][1].float() for b in some], dim=2) for some in blocks]
 
 
 def pooled(
