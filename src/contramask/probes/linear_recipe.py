@@ -74,7 +74,8 @@ class LinearRecipe:
         """The words of a protocol for what moves the weights."""
         norm = "batch norm without affine" if self.batch_norm else "no batch norm"
         decay = f"weight decay {self.weight_decay:g}" if self.weight_decay else "no weight decay"
-        return f"{norm}, {self.optimiser.upper()} momentum {self.momentum:g}, {decay}"
+        trust = f" (trust coefficient {Mover.eta:g})" if self.optimiser == "lars" else ""
+        return f"{norm}, {self.optimiser.upper()} momentum {self.momentum:g}{trust}, {decay}"
 
     def curve(self) -> str:
         """The words of a protocol for how the rate moves."""
