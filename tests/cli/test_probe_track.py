@@ -23,17 +23,21 @@ QUIET = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def exported(folder: Path, **options) -> Path:
     """A backbone trained for images of 32 x 32 pixels."""
+    sizes = {"img_size": 32, "patch_size": 4}
+    timm = {"embed_dim": 24, "depth": 2, "num_heads": 3}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        timm = {"embed_dim": 24, "depth": 2, "num_heads": 3}
-        backbone = VisionTransformer("vit_tiny_patch16_224", img_size=32, patch_size=4, timm=timm)
-    folder = tmp_path_factory.mktemp("run")
+        backbone = VisionTransformer("vit_tiny_patch16_224", **sizes, timm=timm, **options)
     data = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "size": 32}
     export_backbone(backbone.eval(), folder, net="student", step=7, data=data)
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return exported(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -72,6 +76,17 @@ def test_the_result_lies_beside_the_run(run, videos):
     result = json.loads((run / "probes" / "track-block_00-none.json").read_text())
     assert "patches: block_00, norm none" in result["protocol"]
     assert "24 x 32 pixels" in result["protocol"]
+
+
+def test_a_backbone_that_knows_one_grid_sees_frames_of_that_size(videos, tmp_path):
+    """Relative positions (SimMIM, BEiT) are not resampled."""
+    folder = exported(tmp_path / "relative", positions="relative")
+    command = ["track", str(folder), "--videos", str(videos), "--short_side", "32", *QUIET]
+    with pytest.raises(UserError, match="knows the whole grid"):
+        main(command)
+    main([*command, "--long_side", "32"])
+    result = json.loads((folder / "probes" / "track.json").read_text())
+    assert "long side 32: 32 x 32 pixels" in result["protocol"]
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,11 @@ def test_two_ranks_are_one_process(tmp_path, names: dict[str, int]):
     assert done == ([["cat", "owl"], ["dog"]] if len(names) == 3 else [["cat"], []])
 
 
+def test_a_trainer_that_stops_early_is_told(found, tmp_path):
+    with pytest.raises(UserError, match=r"2 of 3 videos were not reached \(dog"):
+        run(evaluation(found, tmp_path), limit_val_batches=1)
+
+
 def test_bad_settings_are_told(found, tmp_path):
     with pytest.raises(UserError, match="batch_size is 0"):
         evaluation(found, tmp_path, batch_size=0)

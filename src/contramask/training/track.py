@@ -145,6 +145,11 @@ class TrackEvaluation(pl.LightningModule):
         names = {video.name for video in self.found.videos}
         mine = {name: value for name, value in self._parts.done.items() if name in names}
         found = _shared(mine, self.device)
+        if missing := sorted(names - found.keys()):
+            raise UserError(
+                f"track: {len(missing)} of {len(names)} videos were not reached ({missing[0]} ...): "
+                "the trainer stopped early; set --limit in place of --trainer.limit_val_batches"
+            )
         tables = {video.name: found[video.name] for video in self.found.videos}
         self.result = summary(tables, self.found.skipped)
         self.result["protocol"] = self._protocol(self.result["values"])
