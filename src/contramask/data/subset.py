@@ -2,7 +2,7 @@
 
 The samples of indexed shards are listed by their headers alone: key and label, not the image. What
 is chosen becomes an index of its own, over the same shards, so that the stream over it is as exact
-as any other: a function of (seed, position), every chosen sample once an epoch.
+as any other: a function of (seed, position), with its epochs.
 """
 
 import tarfile
