@@ -154,7 +154,7 @@ def test_two_ranks_are_one_process(tmp_path, names: dict[str, int]):
 
 
 def test_a_trainer_that_stops_early_is_told(found, tmp_path):
-    with pytest.raises(UserError, match=r"2 of 3 videos were not reached \(dog"):
+    with pytest.raises(UserError, match=r"2 of 3 videos not reached \(dog"):
         run(evaluation(found, tmp_path), limit_val_batches=1)
 
 

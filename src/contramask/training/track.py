@@ -147,7 +147,7 @@ class TrackEvaluation(pl.LightningModule):
         found = _shared(mine, self.device)
         if missing := sorted(names - found.keys()):
             raise UserError(
-                f"track: {len(missing)} of {len(names)} videos were not reached ({missing[0]} ...): "
+                f"track: {len(missing)} of {len(names)} videos not reached ({missing[0]} ...): "
                 "the trainer stopped early; set --limit in place of --trainer.limit_val_batches"
             )
         tables = {video.name: found[video.name] for video in self.found.videos}
