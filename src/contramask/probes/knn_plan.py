@@ -89,7 +89,10 @@ class TablePlan:
         weighted = f"votes weighted by exp(cosine/{self.temperature:g})"
         how = {"exp": weighted, "uniform": "uniform votes, ties to the nearest"}
         metrics = " and ".join(f"{m} ({how[self.weights_of(m)]})" for m in self.metrics)
-        words = [f"{w}: {Cleaning.parse(w).about()}" for w in self.cleanings]
+        cleanings = [Cleaning.parse(word) for word in self.cleanings]
+        words = [f"{c}: {c.about()}" for c in cleanings if c.kind != "top"]
+        if tops := [str(c.number) for c in cleanings if c.kind == "top"]:
+            words.append(f"top: {', '.join(tops)} channels of highest variance on train removed")
         cleaned = "; ".join(["", *words]) if self.cleanings != ("raw",) else ""
         ks = ",".join(map(str, self.possible(bank)))
         left_out = ", each query without its own row" if self.leave_one_out else ""

@@ -26,13 +26,14 @@ def result_of(
     """
     table = [row for part in finished for row in part["rows"]]
     images = finished[0]["images"]
+    shares = {m: share for part in finished for m, share in part["variance_share"].items()}
     cleanings = [row["cleaning"] for part in finished for row in part["rows"][:1]]
     peak = max(part["peak_bytes"] for part in finished)
     split = "train images as queries" if plan.leave_one_out else "val images"
     return {
         "values": values_of(table, images),
         "table": table,
-        "variance_share": finished[0]["variance_share"],
+        "variance_share": {m: shares[m] for m in sorted(shares, key=int)},
         "widths": {c: part["width"] for c, part in zip(cleanings, finished, strict=True)},
         "finding": finding(table),
         "notes": plan.notes(bank),

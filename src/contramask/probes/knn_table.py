@@ -141,7 +141,9 @@ class Scores:
             for j, k in enumerate(self.ks)
         ]
         variance = self.cleaner.variance.double()
-        most = [m for m in TOPS if m < len(variance)]
+        own = self.cleaner.cleaning
+        removed = (own.number,) if own.kind == "top" and own.number else ()
+        most = [m for m in (*TOPS, *removed) if m < len(variance)]
         return {
             "rows": rows,
             "images": images,

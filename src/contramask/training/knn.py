@@ -1,5 +1,6 @@
 """k-NN evaluation of a frozen backbone, under `Trainer.validate`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -111,3 +112,13 @@ class KNNEvaluation(pl.LightningModule):
     def _alone(self, labels: torch.Tensor) -> bool:
         """Whether val does not matter."""
         return self.plan.leave_one_out and len(labels) > 0
+
+
+class Nothing:
+    """A loader without a batch.
+
+    A list Lightning would take for many loaders, and of a loader of known length 0 it warns.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(())
