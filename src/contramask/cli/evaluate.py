@@ -77,7 +77,9 @@ def build_parser() -> Parser:
 
 def evaluate(config: Namespace) -> Evaluation:
     """What is done already is not done again; an entry that fails leaves a note and a gap."""
-    entries = _chosen(load_suite(config.suite), config.only)
+    suite = load_suite(config.suite)
+    _check_data(suite, config.data)
+    entries = _chosen(suite, config.only)
     sources = named(config.models)
     out = _folder(config.out, sources)
     evaluation = Evaluation(entries)
@@ -133,7 +135,7 @@ class Runner:
             return
         given = source.path if source.timm is None else f"timm/{source.timm}={source.path}"
         for entry in entries:
-            config = entry.config(self.data, str(given), self.shared)
+            config = entry.config(self.data, str(given), self._fitting(entry))
             key = f"{entry.name}/{digest_of(backbone, entry.verb, _sorted(config))}"
             if key not in self.parts.done:
                 self.console.print(f"{source.name}: {entry.name}", markup=False)
@@ -144,12 +146,18 @@ class Runner:
                     continue
             results[entry.name] = self.parts.done[key]
 
+    def _fitting(self, entry: Entry) -> dict[str, Any]:
+        """What is shared, as far as the command has such options."""
+        names = _module(entry).build_parser().names()
+        return {
+            k: v for k, v in self.shared.items() if any(f"{n}.".startswith(f"{k}.") for n in names)
+        }
+
     def _call(self, model: str, entry: Entry, config: Mapping[str, Any]) -> dict[str, Any]:
         """Run a command on its YAML; returns the result it wrote."""
         folder = self.out / model.replace("/", "_")
         folder.mkdir(parents=True, exist_ok=True)
         result = folder / f"{entry.name}.json"
-        verb, _, kind = entry.verb.partition(" ")
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / f"{entry.name}.yaml"
             path.write_text(yaml.safe_dump({**config, "out": str(result)}), "utf-8")
@@ -157,16 +165,22 @@ class Runner:
             if _ranks(config) > 1:
                 # Lightning starts its ranks by the command line: it must be that of the probe.
                 _command([*entry.verb.split(), *arguments])
-            elif verb == "probe" and kind in KINDS:
-                importlib.import_module(f"contramask.cli.{KINDS[kind][0]}").main(arguments)
-            elif verb == "finetune":
-                importlib.import_module("contramask.cli.finetune").main(arguments)
             else:
-                raise UserError(
-                    f"evaluate: entry {entry.name!r} has verb {entry.verb!r}; allowed are finetune "
-                    f"and probe with {', '.join(KINDS)}"
-                )
+                _module(entry).main(arguments)
         return json.loads(result.read_text("utf-8"))
+
+
+def _module(entry: Entry) -> Any:
+    """What runs an entry. Raises `UserError`."""
+    verb, _, kind = entry.verb.partition(" ")
+    if verb == "finetune":
+        return importlib.import_module("contramask.cli.finetune")
+    if verb == "probe" and kind in KINDS:
+        return importlib.import_module(f"contramask.cli.{KINDS[kind][0]}")
+    raise UserError(
+        f"evaluate: entry {entry.name!r} has verb {entry.verb!r}; allowed are finetune and probe "
+        f"with {', '.join(KINDS)}; correct the suite"
+    )
 
 
 def _command(arguments: list[str]) -> None:
@@ -195,7 +209,7 @@ def _chosen(entries: list[Entry], only: Sequence[str] | None) -> list[Entry]:
     return [e for e in entries if only is None or e.name in only]
 
 
-def _without_data(entries: Sequence[Entry], data: Mapping[str, Any]) -> list[str]:
+def _check_data(entries: Sequence[Entry], data: Mapping[str, Any]) -> None:
     known = {name for e in entries for name in e.needs.values()}
     for name in data:
         if name not in known:
@@ -203,6 +217,9 @@ def _without_data(entries: Sequence[Entry], data: Mapping[str, Any]) -> list[str
                 f"evaluate: data.{name} is given; the suite's entries need "
                 f"{', '.join(sorted(known))}"
             )
+
+
+def _without_data(entries: Sequence[Entry], data: Mapping[str, Any]) -> list[str]:
     return [
         f"{e.name} is left out: give {' and '.join(f'--data.{n}' for n in e.missing(data))}"
         for e in entries

@@ -67,17 +67,18 @@ class Parser(jsonargparse.ArgumentParser):
         option = _OPTION.search(text)
         if option:
             found = _CLASS.search(text)
-            return _near(option[1], _parameters(found[1]) if found else self._names())
+            return _near(option[1], _parameters(found[1]) if found else self.names())
         group = _GROUP.search(text)
         if group:
-            return _near(f"{group[1]}.{group[2]}", self._names())
+            return _near(f"{group[1]}.{group[2]}", self.names())
         for pattern in (_UNKNOWN, _KEY):
             found = pattern.search(text)
             if found:
-                return _near(found[1].rstrip("+").split("=")[0], self._names())
+                return _near(found[1].rstrip("+").split("=")[0], self.names())
         return ""
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """The options there are."""
         hidden = ("help", "print_config", "print_shtab")
         return [a.dest for a in self._actions if a.dest.rpartition(".")[2] not in hidden]
 

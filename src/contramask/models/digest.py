@@ -12,5 +12,6 @@ def digest_of(weights: nn.Module, *settings: Any) -> str:
     found = hashlib.sha256(repr(settings).encode())
     for name, value in sorted(weights.state_dict().items()):
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().cpu().contiguous().reshape(-1)  # bytes of a scalar are refused
+        found.update(flat.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
