@@ -152,7 +152,8 @@ def test_places_of_a_sweep_do_not_depend_on_its_readers(urls, monkeypatch):
         places = {}
         for rank in range(world):
             for worker in range(workers):
-                monkeypatch.setattr(sequential, "place_of_worker", lambda w=worker: (w, workers))
+                here = (worker, workers)
+                monkeypatch.setattr(sequential, "place_of_worker", lambda here=here: here)
                 layout = Layout(7, rank, world)
                 for b in SequentialSweep(urls, layout=layout, decode=number, collate=numbers):
                     places |= {b["position"] + i: n for i, n in enumerate(b["numbers"])}

@@ -176,7 +176,8 @@ class LinearGrid:
             for place, some in heads.items():
                 scores = some.logits(read[place[0]])
                 sums[place][0] += (scores.argmax(-1) == truth[:, None]).sum(0)
-                of_truth = scores.log_softmax(-1)[torch.arange(len(truth)), :, truth]
+                numbers = torch.arange(len(truth), device=truth.device)
+                of_truth = scores.log_softmax(-1)[numbers, :, truth]
                 sums[place][1] -= of_truth.sum(0)
         means = {i: s / len(rows) for i, s in sums.items()}
         return {i: (right.where(loss.isfinite(), -1.0), loss) for i, (right, loss) in means.items()}
