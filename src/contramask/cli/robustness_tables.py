@@ -59,7 +59,7 @@ def show_tables(result: Mapping[str, Any]) -> None:
         Console().print(_cues(result["cues"]["splits"]))
 
 
-def others(result: Mapping[str, Any]) -> dict[str, float]:
+def others(result: Mapping[str, Any]) -> dict[str, Any]:
     """The values that no table shows."""
     words = tuple(f"{row['word']}_" for row in result.get("degradations", ()))
     return {name: v for name, v in result["values"].items() if not name.startswith(words)}
