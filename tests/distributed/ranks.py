@@ -41,6 +41,7 @@ from tests.builders import (
     randn,
     tiny_vit,
 )
+from tests.training import tuned
 
 IMAGES = 6  # of the global batch
 RESULT = dict[str, Any]
@@ -62,9 +63,9 @@ def _process(index: int, port: int, folder: str) -> None:
     # As torchrun would: Lightning then starts no processes of its own.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
     dist.init_process_group("gloo")
-    torch.save(
-        {**primitives(), **losses(), **trainings(), **analyses()}, Path(folder) / f"{index}.pt"
-    )
+    found = {**primitives(), **losses(), **trainings(), **analyses()}
+    found["finetuning"] = tuned.trained(2, strategy="ddp", devices=2)
+    torch.save(found, Path(folder) / f"{index}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ import torch
 
 from tests.builders import RECIPES
 from tests.distributed.ranks import IMAGES, analyses, losses, run_two, trainings
+from tests.training import tuned
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,18 @@ def test_ranks_and_steps_hide_different_patches(ranks, recipe):
     drawn = [*first, *second]
     assert len(drawn) == 12
     assert len({tuple(h.flatten().tolist()) for h in drawn}) == 12
+
+
+def test_finetuning_is_that_of_one_process(ranks):
+    """Erasing by image and an average of weights; without mixing, which is each rank's own."""
+    whole = tuned.trained(4)
+    for name, expected in whole["state"].items():
+        first, second = (r["finetuning"]["state"][name] for r in ranks)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, expected, rtol=1e-4, atol=2e-6, msg=name)
+    assert whole["values"]["images"] == 25
+    for found in ranks:
+        assert found["finetuning"]["values"] == pytest.approx(whole["values"], abs=1e-5)
 
 
 def test_analyses(ranks):

@@ -78,7 +78,8 @@ class FineTuning(Clocked):
         self.classifier = Classifier(tuned, classes, pool=pool)
         self.classifier.initialise(std=head_std, seed=seed)
         self.average = None if ema is None else EmaCopy(self.classifier)
-        self._compile, self._network = compile, None
+        self._compile = compile
+        self._forward: list[Callable[[Tensor], Tensor]] = []  # in a list: no module of its own
 
     @property
     def backbone(self) -> Backbone:
@@ -97,7 +98,7 @@ class FineTuning(Clocked):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         step = self.place(batch)
         seed_layers(step, "classify", self.device)
-        logits: Tensor = self._forward()(batch["views"]["train"][0])
+        logits: Tensor = self._network()(batch["views"]["train"][0])
         loss = F.cross_entropy(logits.float(), batch["target"])
         if self.due(step.index):
             self.ledger.add({"train/loss": loss})
@@ -105,11 +106,13 @@ class FineTuning(Clocked):
                 self.ledger.add({"optim/ema_momentum": at(self.ema, step.progress)})
         return {"loss": loss, "losses": {"classify": loss.detach()}}
 
-    def _forward(self) -> Callable[[Tensor], Tensor]:
+    def _network(self) -> Callable[[Tensor], Tensor]:
         # The eager module stays as it is, for analyses and scores.
-        if self._network is None:
-            self._network = torch.compile(self.classifier) if self._compile else self.classifier
-        return self._network
+        if not self._forward:
+            self._forward.append(
+                torch.compile(self.classifier) if self._compile else self.classifier
+            )
+        return self._forward[0]
 
     def moved(self, progress: float) -> None:
         if self.average is not None and self.ema is not None:
