@@ -157,7 +157,7 @@ def protocol(
         f"backbone in eval mode, precision {precision}; train: {images.views}; val: "
         f"{images.clean}; {value['images']} val images, after the last step; "
         f"changed: {'; '.join(changed) or 'nothing'}; the authors' code differs: "
-        f"{'; '.join((*preset.differs, 'reports the best epoch on val'))}"
+        f"{'; '.join(preset.differs)}"
     )
 
 

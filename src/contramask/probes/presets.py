@@ -1,7 +1,7 @@
 """Linear probing on augmented views by the official protocols, as named presets.
 
-Each number stands where the authors' code has it; `differs` says what their code does and this one
-does not. All of them report the best epoch on val; here it is the last.
+Beside each number is where the authors' code has it; `differs` says what their code does and this
+one does not.
 """
 
 from collections.abc import Callable
@@ -71,6 +71,7 @@ def two_thirds(spec: Spec) -> tuple[Feature, ...]:
     return (Feature(f"block_{max(1, round(spec.depth * 8 / 12)) - 1:02d}", "mean", "none"),)
 
 
+_BEST_EPOCH = "the best epoch on val is reported, not the last"
 _ON_VAL = "rates are chosen on val"
 _LAYERS_ON_VAL = "the block is chosen on val"
 _INTERLEAVED = "the two halves of a ViT-B's feature are interleaved, which no linear layer sees"
@@ -91,6 +92,7 @@ _DIFFERS_MAE = (
     "statistics for val are a moving average (0.1), not that of all batches",
     "biases start uniform in +-1/sqrt(F), not at zero",
     "a crop that leaves the image is cut short, not drawn again (up to ten times)",
+    _BEST_EPOCH,
 )
 _COSINE_SGD = LinearRecipe(
     rates=(0.001,),  # eval_linear.py: --lr 0.001, x 1024/256
@@ -135,7 +137,7 @@ PRESETS = {
         features=class_token,
         train="bilinear",  # torchvision's default, in both transforms
         val="bilinear",
-        differs=(_SHORT_BATCH,),
+        differs=(_SHORT_BATCH, _BEST_EPOCH),
     ),
     "dino": LinearPreset(
         source="arXiv:2104.14294, eval_linear.py",
@@ -143,7 +145,7 @@ PRESETS = {
         features=by_width,  # --n_last_blocks 4; 1 and --avgpool_patchtokens true for ViT-B
         train="bilinear",
         val="bicubic",  # interpolation=3
-        differs=(_INTERLEAVED, _SHORT_BATCH),
+        differs=(_INTERLEAVED, _SHORT_BATCH, _BEST_EPOCH),
     ),
     "ibot": LinearPreset(
         source="arXiv:2111.07832, eval_linear_multi.py --sweep_lr_only",
@@ -151,7 +153,7 @@ PRESETS = {
         features=by_width,  # --n_last_blocks 4; 1 and --avgpool_patchtokens 2 for ViT-B and ViT-L
         train="bilinear",
         val="bicubic",
-        differs=(_ON_VAL, _OWN_DRAWS, _SHORT_BATCH),
+        differs=(_ON_VAL, _OWN_DRAWS, _SHORT_BATCH, _BEST_EPOCH),
     ),
     "dinov2": LinearPreset(
         source="arXiv:2304.07193, dinov2/eval/linear.py",
@@ -175,6 +177,7 @@ PRESETS = {
             _LAYERS_ON_VAL,
             _OWN_DRAWS,
             _SHORT_BATCH,
+            _BEST_EPOCH,
             "--lr 4e-3 is not scaled to the batch",
         ),
     ),
@@ -185,7 +188,7 @@ PRESETS = {
         features=two_thirds,
         train="bilinear",
         val="bicubic",
-        differs=("unknown",),
+        differs=("its settings are not published",),
     ),
 }
 
