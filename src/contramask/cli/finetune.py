@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ from contramask.checkpoints.classifiers import save_classifier
 from contramask.checkpoints.runs import Run
 from contramask.checkpoints.sources import Source
 from contramask.cli.parser import Parser
-from contramask.cli.probing import positional, show_result, write_result
+from contramask.cli.probing import (
+    add_images,
+    images_of,
+    positional,
+    show_result,
+    write_result,
+)
 from contramask.cli.quiet import settle
 from contramask.cli.recipes import folder
 from contramask.cli.running import add_run, add_trainer, make_trainer, open_named
-from contramask.data.examples import Images
 from contramask.data.index import classes_of
 from contramask.data.subset import Subset
 from contramask.data.supervised import LabelledShards
@@ -92,7 +97,7 @@ def build_parser() -> Parser:
         "--drift_anchor", type=list[str] | None, help="CKA to these models too, NAME=RUN or RUN"
     )
     parser.add_argument("--drift_every", type=int | None, help="updates; default: 10 times in all")
-    parser.add_argument("--images", type=Images | None, help="default: as the run was fed")
+    add_images(parser)
     parser.add_class_arguments(
         FineTuning, "model", skip={"backbone", "classes", "size", "seed"}, instantiate=False
     )
@@ -123,8 +128,7 @@ def finetune(parser: Parser, config: Namespace) -> Run:
     run = open_named(config, resolved, stem, OBSERVERS)
     pl.seed_everything(config.seed, workers=False, verbose=False)
     parts = parser.build(config)
-    images = config.images or _as_fed(sheet["data"])
-    images = replace(images, min_side=max(images.min_side, backbone.spec.patch))
+    images = images_of(sheet["data"], config.images, backbone.spec.patch)
     data = LabelledShards(**parts.data.as_dict(), seed=config.seed, images=images, subset=subset)
     model = FineTuning(
         backbone,
@@ -143,15 +147,6 @@ def finetune(parser: Parser, config: Namespace) -> Run:
         write_result(result, out)
         show_result(result, out)
     return run
-
-
-def _as_fed(sheet: dict[str, Any]) -> Images:
-    return Images(
-        size=sheet["size"],
-        resize=sheet.get("resize"),
-        mean=tuple(sheet["mean"]),
-        std=tuple(sheet["std"]),
-    )
 
 
 def _trainer(

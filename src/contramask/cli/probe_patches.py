@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     parser = build_parser()
     config = parser.parse_args(positional(argv))
     parts = parser.build(config)
-    opened = open_model(config.run, parts.images)
+    opened = open_model(config.run, config.images)
     sources = sources_of(config.sources, opened.backbone.spec.depth)
     recipe = recipe_of(config, parts.recipe)
     data = feed(parts.data, config, opened)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def probe_parser(kind: str, about: str | None, *, data: bool = True) -> Parser:
     parser.add_argument("-c", "--config", action="config", help="a YAML file")
     parser.add_argument("--run", type=str, required=True, help="a run, an export, official weights")
     parser.add_argument("--out", type=Path | None, help="the result; default RUN/probes/NAME.json")
-    parser.add_argument("--images", type=Images | None, help="default: as the run was fed")
+    add_images(parser)
     if data:
         parser.add_class_arguments(ImageShards, "data", skip={"seed", "views", "images"})
         parser.add_argument("--limit", type=int | None, help="the most images of each split")
@@ -48,6 +48,48 @@ def probe_parser(kind: str, about: str | None, *, data: bool = True) -> Parser:
     )
     parser.set_defaults({"trainer.use_distributed_sampler": False})
     return parser
+
+
+def add_images(parser: Parser) -> None:
+    """`--images.size` and the other fields of `Images`, each by default as the run was fed."""
+    about = "size, resize, mean, std, min_side, classes; what is not given is as the run was fed"
+    parser.add_argument("--images", type=dict[str, Any] | None, help=about)
+
+
+def images_of(sheet: Mapping[str, Any], given: Mapping[str, Any] | None, patch: int) -> Images:
+    """How a model is fed.
+
+    Args:
+        sheet: how it was fed in training.
+        given: what is to be different.
+        patch: of the model; smaller images are bad.
+
+    Raises:
+        UserError: for a field that there is not, or images of no whole number of patches.
+    """
+    allowed = [field.name for field in fields(Images)]
+    known = {key: sheet[key] for key in ("size", "resize", "mean", "std") if key in sheet}
+    changes = dict(given or {})
+    for name in changes:
+        if name not in allowed:
+            raise UserError(
+                f"images.{name} is given; allowed are {', '.join(allowed)}; set --images.size, ..."
+            )
+    if "size" in changes and "resize" not in changes:
+        known["resize"] = None  # in proportion
+    merged = {**known, **changes}
+    merged |= {key: tuple(map(float, merged[key])) for key in ("mean", "std") if key in merged}
+    try:
+        fed = Images(**merged)
+        whole = fed.size % patch == 0
+    except TypeError as error:
+        raise UserError(f"images: {error}; given {changes}; set --images") from error
+    if not whole:
+        raise UserError(
+            f"images of {fed.size} pixels are no whole number of patches of {patch}; set "
+            "--images.size to a multiple"
+        )
+    return replace(fed, min_side=max(fed.min_side, patch))
 
 
 def add_feature(parser: Parser) -> None:
@@ -99,8 +141,12 @@ class Opened:
         return path / "probes" if path.is_dir() else path.parent / f"{path.stem}-probes"
 
 
-def open_model(text: str, images: Images | None = None) -> Opened:
+def open_model(text: str, images: Mapping[str, Any] | None = None) -> Opened:
     """Load what `--run` names.
+
+    Args:
+        text: a run, an export, official weights.
+        images: how it is fed, where that is not as in training; see `images_of`.
 
     Raises:
         UserError: nothing is there, or images are no whole number of patches.
@@ -108,20 +154,7 @@ def open_model(text: str, images: Images | None = None) -> Opened:
     source = Source.parse(text)
     backbone, about = source.load()
     backbone.requires_grad_(requires_grad=False)
-    sheet = about["data"]
-    fed = images or Images(
-        size=sheet["size"],
-        resize=sheet.get("resize"),
-        mean=tuple(sheet["mean"]),
-        std=tuple(sheet["std"]),
-    )
-    patch = backbone.spec.patch
-    if fed.size % patch:
-        raise UserError(
-            f"{source.name}: images of {fed.size} pixels are no whole number of patches of "
-            f"{patch}; set --images.size to a multiple"
-        )
-    fed = replace(fed, min_side=max(fed.min_side, patch))
+    fed = images_of(about["data"], images, backbone.spec.patch)
     known = {"run": str(source.path), "step": about["step"], "net": about["net"]}
     return Opened(source, backbone, fed, {**known, "backbone": digest_of(backbone)})
 

@@ -1,0 +1,72 @@
+"""What all probes share: how a model is fed, and that a mistake is told before anything runs."""
+
+import json
+
+import pytest
+
+from contramask.checkpoints.export import export_backbone
+from contramask.cli.probing import images_of, is_share, open_model, positional, write_result
+from contramask.data.examples import Images
+from contramask.models.vit import VisionTransformer
+from contramask.types import UserError
+
+SHEET = {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.2, 0.25], "size": 24, "resize": 30}
+
+
+def test_a_model_is_fed_as_in_training_unless_something_else_is_asked_for():
+    mean, std = (0.4, 0.5, 0.6), (0.3, 0.2, 0.25)
+    assert images_of(SHEET, None, 4) == Images(24, 30, mean, std, min_side=4)
+    assert images_of(SHEET, {"resize": 28}, 4) == Images(24, 28, mean, std, min_side=4)
+    # Another size keeps the normalisation; what was resized to goes with the size.
+    assert images_of(SHEET, {"size": 32}, 8) == Images(32, None, mean, std, min_side=8)
+    given = {"mean": [0, 0, 0], "classes": 3, "min_side": 40}
+    assert images_of(SHEET, given, 4) == Images(24, 30, (0.0, 0.0, 0.0), std, 40, 3)
+    old = {k: v for k, v in SHEET.items() if k != "resize"}
+    assert images_of(old, {}, 6).resize is None
+
+
+@pytest.mark.parametrize(
+    ("given", "patch", "told"),
+    [
+        ({"size": 30}, 4, "30 pixels are no whole number of patches of 4; set --images.size"),
+        ({"sice": 32}, 4, "images.sice is given; allowed are size, resize, mean"),
+    ],
+)
+def test_what_cannot_be_fed(given, patch, told):
+    with pytest.raises(UserError, match=told):
+        images_of(SHEET, given, patch)
+
+
+def test_a_model_says_what_goes_into_its_results(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+    vit = VisionTransformer("vit_tiny_patch16_224", img_size=24, patch_size=8, timm=sizes)
+    export_backbone(vit, tmp_path / "run", net="teacher", step=9, data=SHEET)
+    opened = open_model(str(tmp_path / "run"), {"size": 16})
+    assert opened.about["step"] == 9
+    assert opened.about["net"] == "teacher"
+    assert len(opened.about["backbone"]) == 64
+    assert opened.transform == "resize 18, centre crop 16"
+    assert opened.folder == tmp_path / "run" / "probes"
+    assert not any(p.requires_grad for p in opened.backbone.parameters())
+    assert open_model(str(tmp_path / "run")).transform == "resize 30, centre crop 24"
+
+
+def test_names_of_shares():
+    assert is_share("k20_top1")
+    assert is_share("jf_rate")
+    assert not is_share("rate")
+    assert not is_share("images")
+
+
+def test_the_run_may_come_first():
+    assert positional(["runs/x", "--a", "1"]) == ["--run", "runs/x", "--a", "1"]
+    assert positional(["--a", "1"]) == ["--a", "1"]
+    assert positional([]) == []
+
+
+def test_a_result_is_one_file_or_a_line_that_says_why_not(tmp_path):
+    write_result({"values": {"top1": 0.5}}, tmp_path / "new" / "x.json")
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"values": {"top1": 0.5}}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_result({}, tmp_path / "file" / "x.json")
