@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from contramask.functional.neighbours import ballot, nearest, vote
-from contramask.functional.search import Metric, Search, closest
+from contramask.functional.search import Metric, Search, bytes_held, closest
 from contramask.types import UserError
 
 Q, N, D, C = 7, 23, 5, 4
@@ -257,27 +258,44 @@ def test_autocast_and_tf32_change_nothing():
     assert torch.equal(found.similarities, expected.similarities)
 
 
-def test_memory_is_that_of_the_formula():
-    """What is allocated at most, beside queries and bank, by torch's own account of the CPU."""
-    rows, dim, k, bound = 40_000, 48, 20, 2**22
-    queries, bank = torch.randn(300, dim), torch.randn(rows, dim)
-    peaks = {}
-    for count in (rows, rows // 2):
-        search = Search(queries, k=k, metric="l2", centre=bank[0], elements=2**20)
-        assert search.width * search.rows <= 2**20
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            search.add(bank[:count], torch.arange(rows)[:count])
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        peaks[count] = peak
-        formula = 4 * search.rows * search.width + 3 * 4 * search.width * dim
-        assert peak < formula + 12 * k * len(queries) + bound, (peak, formula)
-    assert 2**20 < peaks[rows] < 1.01 * peaks[rows // 2] + 8 * rows
+def peak(work: Callable[[], object]) -> int:
+    """What is held at most on the CPU beside what there was, by torch's own account."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    assert profile.profiler is not None
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("alike", [False, True])
+def test_memory_is_within_its_bound_and_does_not_grow_with_the_bank(metric: Metric, alike: bool):
+    """Also where all rows are equally near."""
+    dim, k, queries = 48, 20, torch.randn(700, 48)
+    bank = torch.ones(70_000, dim) if alike else torch.randn(70_000, dim)
+    numbers = torch.arange(len(bank))
+
+    def search(rows: int, count: int, elements: int = 2**26) -> int:
+        def work() -> None:
+            found = Search(queries[:count], k=k, metric=metric, centre=bank[0], elements=elements)
+            found.add(bank[:rows], numbers[:rows])
+            found.found()
+
+        return peak(work)
+
+    of_parts = 9 * len(bank)  # differences of numbers, to see that they ascend
+    most = search(70_000, 30)
+    assert 2**24 < most < bytes_held(30, dim, k, bank.device) + of_parts
+    assert most < 1.01 * search(35_000, 30) + of_parts
+    small = search(20_000, 700, 2**20)
+    bound = bytes_held(700, dim, k, bank.device, elements=2**20)
+    assert 0.3 * bound < small < bound + of_parts
 
 
 def test_a_temperature_that_leaves_float32_is_named():

@@ -12,6 +12,9 @@ from torch import Tensor
 Metric = Literal["cosine", "dot", "l2"]
 Gather = Callable[[Tensor], Tensor]
 
+# Queries with equally near rows that are looked after at once.
+TIED = 64
+
 NOBODY = torch.iinfo(torch.long).max  # the number of a neighbour that is still to be found
 
 
@@ -76,37 +79,40 @@ class Search:
 
         Args:
             gather: joins the first dimension over ranks (`contramask.distributed.gather`), where
-                each has searched its part of the bank for the same queries. R ranks then hold
-                12 R k bytes a query. None: what this rank has found.
+                each has searched its part of the bank for the same queries. None: what this rank
+                has found.
         """
-        near, numbers = self._near, self._numbers
-        if gather is not None:
-            every = [gather(part[None]).transpose(0, 1).flatten(1) for part in (near, numbers)]
-            near, numbers = closest(*every, k=self.k)
+        near, numbers = torch.empty_like(self._near), torch.empty_like(self._numbers)
+        for start in range(0, len(near), self.rows):
+            part = slice(start, start + self.rows)
+            every = self._near[part], self._numbers[part]
+            if gather is not None:
+                every = [gather(mine[None]).transpose(0, 1).flatten(1) for mine in every]
+            near[part], numbers[part] = closest(*every, k=self.k)
         if self._squares is not None:  # only now: rounding could make equals of what is not
-            near = (near - self._squares[:, None]).clamp(max=0)
+            near = near.sub_(self._squares[:, None]).clamp_(max=0)
         return Nearest(near, numbers)
 
     def _group(self, rows: Tensor, numbers: Tensor) -> None:
         bank, squares = self._prepared(rows)
         bank = F.pad(bank, (0, 0, 0, -len(bank) % self.columns))
-        tile = bank.new_empty((self.rows, len(bank)))
+        # In front of the products stands what is found so far. `topk` begins with the first k: few
+        # of the others then ever enter its heap, and what it finds is merged.
+        front = self.k + -self.k % 16
+        tile = bank.new_empty((self.rows, front + len(bank)))
         for start in range(0, len(self._near), self.rows):
             queries = self.queries[start : start + self.rows]
             for at in range(0, len(bank), self.columns):
                 end = at + self.columns
-                torch.mm(queries, bank[at:end].mT, out=tile[:, at:end])
+                torch.mm(queries, bank[at:end].mT, out=tile[:, front + at : front + end])
             part = slice(start, min(start + self.rows, len(self._near)))
-            near = tile[: part.stop - start, : len(rows)]
+            near = tile[: part.stop - start, front : front + len(rows)]
             if squares is not None:
                 near.mul_(2).sub_(squares)  # |q|^2, the same for all rows, is left to `found`
             self._leave_out(near, part, numbers)
-            values, places = _top(near, self.k)
-            both = (
-                torch.cat([self._near[part], values], 1),
-                torch.cat([self._numbers[part], numbers[places]], 1),
-            )
-            self._near[part], self._numbers[part] = closest(*both, k=self.k)
+            near = tile[: part.stop - start, front - self.k : front + len(rows)]
+            near[:, : self.k] = self._near[part]
+            self._near[part], self._numbers[part] = _top(near, self._numbers[part], numbers)
 
     def _leave_out(self, near: Tensor, part: slice, numbers: Tensor) -> None:
         if self.own is None:
@@ -132,16 +138,16 @@ def bytes_held(
 ) -> int:
     """The most that a `Search` holds beside the queries and the bank it is given, in float32.
 
-    A tile of r = 256 queries by w = 16,384 rows (GPU: 2,048 by 16,384) and, where as many rows as
-    that are equally near, its sorted values and places (20 r w); w rows in four copies (16 w D) and
-    the candidates of a tile (120 r k); of the queries two copies (8 Q D) and what is found (12 Q k,
-    of R ranks 36 R Q k). For 50,000 queries of 384 floats and k = 200 on a CPU 438 MiB.
+    A tile of r = 256 queries by w = 32,768 rows (GPU: 2,048 by 16,384), 4 r (w + k); what looks
+    after 64 of its queries where too many rows are equally near, 1024 (w + k); w prepared rows,
+    12 w D; the candidates of a tile, of R ranks 160 R r k; the queries, prepared and padded,
+    8 (Q + r) D; and what is found, 24 Q k. For 50,000 queries of 384 floats and k = 200 on a CPU
+    592 MiB.
     """
     rows, _, width = _tile(device, max(1, elements))
-    padded = queries + rows
-    shared = 36 * ranks * queries * k if ranks > 1 else 0
-    tile = 20 * rows * width + 16 * width * dim + 120 * rows * k
-    return tile + 8 * padded * dim + 12 * queries * k + shared
+    wide, padded = width + k, queries + rows
+    tile = (4 * rows + 16 * TIED) * wide + 12 * width * dim + 160 * ranks * rows * k
+    return tile + 8 * padded * dim + 24 * queries * k
 
 
 def closest(
@@ -154,22 +160,45 @@ def closest(
     return similarities[:, :k], numbers.gather(1, order[:, :k])
 
 
-def _top(near: Float[Tensor, "q n"], k: int) -> tuple[Float[Tensor, "q _"], Int[Tensor, "q _"]]:
-    """The k largest of each row, or all; where the last is one of several equals, the first."""
-    if k >= near.shape[1]:
-        return near, torch.arange(near.shape[1], device=near.device).expand_as(near)
+def _top(
+    near: Float[Tensor, "q kn"], before: Int[Tensor, "q k"], numbers: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+    """The k largest of each row, in any order; where the last has equals, those of low numbers.
+
+    Args:
+        near: of k neighbours that were found before, then of n rows.
+        before: the numbers of those.
+        numbers: of these.
+    """
+    k, n = before.shape[1], len(numbers)
     values, places = near.topk(k + 1, dim=1)
+    # Numbers of one after the other, without a table of them all.
+    old = before.gather(1, places.clamp(max=k - 1))
+    found = torch.where(places < k, old, numbers[(places - k).clamp(min=0, max=n - 1)])
     # topk takes any of equals. Only where the one behind the last is its equal does that matter.
     tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
-    if len(tied):
-        ordered = near[tied].sort(dim=1, descending=True, stable=True)
-        values[tied, :k], places[tied, :k] = ordered.values[:, :k], ordered.indices[:, :k]
-    return values[:, :k], places[:, :k]
+    for some in tied.split(TIED):
+        group = near[some, k:]
+        first = _first(group, values[some, k - 1 : k], k)
+        values[some, :k], found[some, :k] = closest(
+            torch.cat([near[some, :k], group.gather(1, first)], 1),
+            torch.cat([before[some], numbers[first]], 1),
+            k=k,
+        )
+    return values[:, :k], found[:, :k]
+
+
+def _first(near: Float[Tensor, "q n"], last: Float[Tensor, "q 1"], k: int) -> Int[Tensor, "q _"]:
+    """Where k rows are of which fewer are above `last`: all these and the first that equal it."""
+    n = near.shape[1]
+    early = torch.arange(n, 0, -1, dtype=near.dtype, device=near.device) / (2 * n)
+    rated = torch.where(near == last, early, (near > last).to(near.dtype))
+    return rated.topk(min(k, n), dim=1).indices
 
 
 def _tile(device: torch.device, elements: int) -> tuple[int, int, int]:
     """Queries and rows of one product, and rows of which the largest are looked for at once."""
-    rows, columns, width = (2048, 16384, 16384) if device.type == "cuda" else (256, 2048, 16384)
+    rows, columns, width = (2048, 16384, 16384) if device.type == "cuda" else (256, 2048, 32768)
     rows = min(rows, elements)
     columns = min(columns, elements // rows)
     return rows, columns, min(width, elements // rows) // columns * columns

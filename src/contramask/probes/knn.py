@@ -1,7 +1,6 @@
 """The k-NN probe of DINO (arXiv:2104.14294): no training, nothing to tune but k."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,7 +12,8 @@ from contramask.types import UserError
 class KNN(Probe):
     """Weighted vote of the k nearest training images by cosine, weights exp(cosine / T).
 
-    Memory: the bank (4 F bytes for an image), 256 MiB of products, and the votes of the batch.
+    Memory: the bank (4 F bytes for an image), the search (`bytes_held`) and the votes of the batch.
+    For other metrics, cleaned features and banks over ranks see `Scores`.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class KNN(Probe):
     @torch.no_grad()
     def learn(self, x: Float[Tensor, "B F"], y: Int[Tensor, " B"]) -> None:
         """Add rows to the bank."""
-        self._parts.append((F.normalize(x, dim=1), y))
+        self._parts.append((x, y))
 
     def fit(self, x: Float[Tensor, "N F"], y: Int[Tensor, " N"]) -> None:
         """Make these rows the bank, in place of whatever it held."""
@@ -44,9 +44,8 @@ class KNN(Probe):
             UserError: for a k larger than the bank.
         """
         bank, labels = self._bank()
-        queries = F.normalize(x.to(bank.device), dim=1)
         return vote(
-            queries,
+            x.to(bank.device),
             bank,
             labels,
             ks=self.ks,

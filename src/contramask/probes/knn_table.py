@@ -22,7 +22,7 @@ from contramask.probes.knn_plan import TOPS, TablePlan
 from contramask.types import UserError
 
 # Rows of a bank that are cleaned at once, queries whose votes are counted at once.
-PART, COUNTED = 16384, 1024
+PART, COUNTED = 32768, 1024
 
 # Queries that all ranks together search for at once.
 BLOCK = 2048

@@ -35,7 +35,7 @@ class KNNSearch(pl.LightningModule):
         plan: which numbers.
         parts: makes the record of finished cleanings; called on rank 0 alone. None: no record.
         store: where this rank's part of the bank lies; None: on the device of the module. Parts of
-            16,384 rows are moved to the device in turn.
+            32,768 rows are moved to the device in turn.
 
     Raises:
         UserError: for a cleaning or ks that the bank does not allow.
