@@ -52,9 +52,13 @@ class Preemption(Checkpoint):
 
     It is a kind of `Checkpoint` so that Lightning runs it after all other callbacks: what they
     learned from the last batch belongs in the checkpoint.
+
+    Args:
+        again: what is said to continue by; None: the run's name and `--resume auto`.
     """
 
-    def __init__(self):
+    def __init__(self, *, again: str | None = None):
+        self.again = again
         self.before_exit: list[Callable[[], object]] = []  # the first rank calls them, after saving
         self._agreement: Agreement | None = None
         self._checkpoints: Checkpoints | None = None
@@ -141,7 +145,8 @@ class Preemption(Checkpoint):
                 assert self._checkpoints is not None
                 assert self._checkpoints.folder is not None
                 run = self._checkpoints.folder.parent.name
-                log.warning("continue by the same command with --name %s --resume auto", run)
+                how = self.again or f"the same command with --name {run} --resume auto"
+                log.warning("continue by %s", how)
                 code = 128 + number
         # The others wait here: the first that exits may take the rest of the job with it.
         trainer.strategy.barrier("preempted")

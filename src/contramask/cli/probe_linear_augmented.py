@@ -183,7 +183,7 @@ def _trainer(arguments: dict[str, Any], folder: Path, *, every: int) -> pl.Train
     settle()
     arguments = {k: v for k, v in arguments.items() if k not in _OURS}
     checkpoints = Checkpoints(folder / "checkpoints", every=every, keep=0)
-    arguments["callbacks"] = [Told(), checkpoints, Preemption()]
+    arguments["callbacks"] = [Told(), checkpoints, Preemption(again="the same command")]
     arguments["plugins"] = [*(arguments["plugins"] or []), *environment_plugins()]
     quiet = {"logger": False, "enable_model_summary": False, "max_epochs": -1}
     try:
