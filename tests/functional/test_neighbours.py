@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from contramask.functional.neighbours import ballot, nearest, vote
 from contramask.functional.search import Metric, Search, bytes_held, closest
 from contramask.types import UserError
+from tests.functional.held import peak
 
 Q, N, D, C = 7, 23, 5, 4
 PARITY = Path(__file__).parents[1] / "parity" / "dino_knn.pt"
@@ -258,19 +258,19 @@ def test_autocast_and_tf32_change_nothing():
     assert torch.equal(found.similarities, expected.similarities)
 
 
-def peak(work: Callable[[], object]) -> int:
-    """What is held at most on the CPU beside what there was, by torch's own account."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    assert profile.profiler is not None
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+def test_what_is_held_is_counted():
+    before = torch.ones(1000)
+
+    def work() -> None:
+        first = before + 1
+        view = first[:10]
+        del first
+        second = view.clone().repeat(50)
+        del view
+        second.add_(1)
+        torch.zeros(600)
+
+    assert peak(work) == 4 * (1000 + 10 + 500)
 
 
 @pytest.mark.parametrize("metric", METRICS)
