@@ -121,7 +121,7 @@ def test_names_beside_the_shards_say_how_many_classes_there_are(net, patterns, t
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--classes", "3"], "the label 3; labels are 0 to 2, and 9"),
+        (["--classes", "3"], r"^s000 of .*000000.tar: .* the label 3; labels are 0 to 2, and 9"),
         ([], "nothing says how many classes"),
         (["--classes", "4", "--tile", "3"], "tile is 3 pixels and has 4 patches a side"),
         (["--classes", "4", "--images.size", "36"], "no whole number of patches of 8"),
@@ -147,5 +147,5 @@ def test_colour_masks_are_refused(net, patterns, tmp_path):
     ]
     write_tar(tmp_path / "rgb.tar", parts)
     options = data_options(patterns | {"train": str(tmp_path / "rgb.tar")})
-    with pytest.raises(UserError, match="8 bits, RGB"):
+    with pytest.raises(UserError, match=r"^a of .*rgb.tar: .* 8 bits, RGB"):
         run(net, tmp_path / "found.json", *options, "--classes", "4", *FEW)

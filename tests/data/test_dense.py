@@ -1,7 +1,9 @@
 """Images with masks: tiles, labels of patches, subsets, and what is wrong with single samples."""
 
 import io
+import struct
 import tarfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -129,8 +131,8 @@ def test_a_mask_is_read_as_numbers_whatever_its_palette():
     palette = Image.fromarray(mask)
     palette.putpalette([255 - v for v in range(256) for _ in range(3)])
     assert palette.mode == "P"
-    assert np.array_equal(read_mask(saved(palette)), mask)
-    assert np.array_equal(read_mask(encoded(mask)), mask)
+    assert np.array_equal(read_mask(saved(palette), size=mask.shape), mask)
+    assert np.array_equal(read_mask(encoded(mask), size=mask.shape), mask)
 
 
 def test_masks_without_numbers_of_classes_are_refused():
@@ -159,6 +161,27 @@ def test_faults_of_one_sample_are_told_by_their_reason():
             decoded(members(5, seg_png=data))
     with pytest.raises(BadSample, match=r"no \.seg\.png"):
         decoded({"png": members(5)["png"]})
+
+
+def header(height: int, width: int) -> bytes:
+    """A PNG of 70 bytes that says it is of that size."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(b"\0\0")), (b"IEND", b"")]
+    whole = [(kind + data, len(data)) for kind, data in chunks]
+    parts = [struct.pack(">I", n) + d + struct.pack(">I", zlib.crc32(d)) for d, n in whole]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 50_000])
+def test_a_mask_that_says_it_is_huge_is_one_bad_sample(side: int, monkeypatch):
+    """Pillow says nothing of 81 million pixels, warns of 144 and refuses 2500."""
+    monkeypatch.setattr(np, "array", lambda *_: pytest.fail("its pixels are decoded"))
+    with pytest.raises(BadSample, match="mask size") as error:
+        read_mask(header(side, side), size=(17, 26))
+    assert error.value.reason == "mask size"
+    monkeypatch.undo()
+    with pytest.raises(BadSample, match="mask size"):
+        decoded(members(5, seg_png=header(side, side)))
 
 
 def test_labels_of_a_sample_of_patches_are_drawn_by_the_key():
@@ -223,6 +246,20 @@ def test_a_mask_of_another_size_is_skipped_and_counted(tmp_path, patterns, caplo
     assert [key for batch in loader for key in batch["keys"]] == [f"s{n:03d}" for n in range(1, 11)]
     assert loader.faults == Counter({"mask size": 1})
     assert "bad sample, mask size: s000" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mask_whose_labels_mean_nothing_is_named(tmp_path, patterns, workers):
+    """Of a label out of range and of colours, in the process itself and in a worker."""
+    picture, mask = scene(7)
+    mask[3, 4] = CLASSES
+    colours = encoded(picture)
+    for data, told in ((encoded(mask), "a mask has the label 4"), (colours, "8 bits, RGB")):
+        path = shard(tmp_path / "train-000001.tar", range(7, 11), seg_png=data)
+        loader = data_of(patterns, workers=workers).dense_dataloader("train")
+        with pytest.raises(UserError, match=f"^s007 of {path}: segmentation: .*{told}") as error:
+            list(loader)
+        assert "\n" not in str(error.value)
 
 
 def test_when_most_samples_are_bad_reading_stops(tmp_path, patterns):

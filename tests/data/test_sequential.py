@@ -101,6 +101,17 @@ def test_bad_samples_are_replaced_alike_after_a_resume(urls):
     assert run(15 * 8)[:5] == straight[15:]
 
 
+def test_a_mistake_names_the_sample_that_showed_it(urls):
+    def decode(members, key):
+        if number(members, key)[0] == 31:  # the second of the second shard
+            raise UserError("the label is 12")
+        return number(members, key)
+
+    data = SequentialSweep(urls, layout=Layout(7), decode=decode, collate=numbers)
+    with pytest.raises(UserError, match=f"^s00031 of {urls[1]}: the label is 12$"):
+        list(data)
+
+
 def test_damaged_shards_count_and_are_left(urls, tmp_path, caplog):
     some = numbered_shards(tmp_path, [20, 20])
     os.truncate(some[0], 9_000)

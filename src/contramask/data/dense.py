@@ -4,6 +4,7 @@ A sample is KEY.jpg (or another image) with KEY.seg.png, a mask whose pixels are
 """
 
 import io
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -142,10 +143,7 @@ class DenseExamples:
         image = open_picture(self.reads.image(members)).pixels()
         if MASK not in members:
             raise BadSample("missing key", f"no .{MASK}")
-        mask = self.labels(members[MASK])
-        if mask.shape != image.shape[:2]:
-            (h, w), (height, width) = mask.shape, image.shape[:2]
-            raise BadSample("mask size", f"{h} x {w} pixels, its image {height} x {width}")
+        mask = self.labels(members[MASK], size=image.shape[:2])
         h, w = self.dense.resized(*mask.shape)
         small = torch.from_numpy(geometry.resize(image, h, w, self.interpolation))
         rows, columns = nearest_index(mask.shape[0], h), nearest_index(mask.shape[1], w)
@@ -175,9 +173,9 @@ class DenseExamples:
             "pictures": [item.picture for item in items if item.picture is not None],
         }
 
-    def labels(self, data: bytes) -> Int16[ndarray, "H W"]:
+    def labels(self, data: bytes, *, size: tuple[int, int]) -> Int16[ndarray, "H W"]:
         """The labels of a mask's pixels, -1 where they are ignored. Raises as `decode`."""
-        mask, dense = read_mask(data), self.dense
+        mask, dense = read_mask(data, size=size), self.dense
         void = mask == dense.ignore
         if (wrong := mask[(mask >= dense.classes) & ~void]).size:
             raise UserError(
@@ -202,11 +200,15 @@ class DenseExamples:
         return kept
 
 
-def read_mask(data: bytes) -> UInt8[ndarray, "H W"]:
+def read_mask(data: bytes, *, size: tuple[int, int]) -> UInt8[ndarray, "H W"]:
     """The numbers a PNG's pixels have: grey values of 8 bits, or places in its palette.
 
+    Args:
+        data: the file.
+        size: height and width of the image it belongs to.
+
     Raises:
-        BadSample: it is damaged.
+        BadSample: it is damaged, or of another size by its header: then nothing is decoded.
         UserError: it is a PNG of another kind, such as RGB: colours are no labels.
     """
     if data[:8] != _PNG or len(data) <= _COLOUR:
@@ -219,7 +221,17 @@ def read_mask(data: bytes) -> UInt8[ndarray, "H W"]:
             "is the number of its class"
         )
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            return np.array(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many pixels: its image was allowed as many
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                width, height = image.size
+                if (height, width) != size:
+                    told = f"{height} x {width} pixels, its image {size[0]} x {size[1]}"
+                    raise BadSample("mask size", told)
+                return np.array(image)
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("mask size", str(error)) from None
     except _DAMAGE as error:
         raise BadSample("mask", f"{type(error).__name__}: {error}") from None

@@ -64,7 +64,10 @@ def open_raw(raw: Raw) -> tuple[str, dict[str, bytes]]:
 
 
 class Decoder(Generic[Item]):
-    """Members to items, with every fault counted under the sample's name."""
+    """Members to items, with every fault counted under the sample's name.
+
+    A `UserError` of `decode` is a mistake in all samples; it names the one that showed it.
+    """
 
     def __init__(self, decode: Decode[Item], faults: Faults, *, seed: int) -> None:
         self.decode, self.faults, self.seed = decode, faults, seed
@@ -80,18 +83,22 @@ class Decoder(Generic[Item]):
         except (BadSample, BadImage) as error:
             self.faults.bad(error.reason, f"{key} of {raw.shard.url}", str(error))
             return None
+        except UserError as error:
+            raise UserError(f"{key} of {raw.shard.url}: {error}") from None
         self.faults.good()
         return key, item
 
     def members(self, sample: Mapping[str, Any], place: int) -> tuple[str, Item] | None:
         """The same for a sample of `samples`."""
         members = {k: v for k, v in sample.items() if not k.startswith("__")}
+        name = f"{sample['__key__']} of {sample['__url__']}"
         try:
             item = self.decode(members, fold(self.seed, "sample", place))
         except (BadSample, BadImage) as error:
-            name = f"{sample['__key__']} of {sample['__url__']}"
             self.faults.bad(error.reason, name, str(error))
             return None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
         self.faults.good()
         return sample["__key__"], item
 
