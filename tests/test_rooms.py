@@ -36,7 +36,7 @@ LIGHTNING = ("training/", "callbacks/", "tracking/", "checkpoints/", "data/modul
 
 # Third-party packages and where they may come in. An empty tuple: nowhere.
 DOORS: dict[str, tuple[str, ...]] = {
-    "timm": ("models/vit.py", "data/augmentation.py"),
+    "timm": ("models/vit.py", "data/augmenting.py"),
     "scipy": ("models/positions.py",),
     "sklearn": ("analysis/plane.py",),
     "webdataset": ("data/shards.py",),

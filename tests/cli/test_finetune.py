@@ -14,7 +14,7 @@ from contramask.callbacks.signals import inbox
 from contramask.checkpoints.classifiers import HEAD_SHEET, load_classifier, save_classifier
 from contramask.checkpoints.export import export_backbone, load_backbone
 from contramask.cli.finetune import build_parser, main, presets
-from contramask.data.augmentation import BatchAugment, RandAugment
+from contramask.data.augmenting import BatchAugment, RandAugment
 from contramask.data.examples import Images
 from contramask.data.module import ImageShards
 from contramask.models.classifier import Classifier, tunable

@@ -12,7 +12,8 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
-from contramask.data.augmentation import Augment, BatchAugment, RandAugment, drawn
+from contramask.data.augmentation import Augment
+from contramask.data.augmenting import BatchAugment, RandAugment, drawn, posterize
 from contramask.data.examples import Images
 from contramask.data.index import build_index
 from contramask.data.photometric import Photometric
@@ -144,6 +145,21 @@ def test_randaugment_is_that_of_timm():
         assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
         changed += not torch.equal(found, crop)
     assert changed >= 6
+
+
+def test_the_strongest_operations_are_no_error():
+    """All fifteen, at the greatest magnitude: posterize keeps no bit then, and Pillow refuses 0."""
+    crop = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8))
+    for name in ("rand-m10-n15-p1-inc1", "rand-m0-n15-p1", "rand-m20-mmax20-n15-p1-inc1"):
+        change = RandAugment(name, size=20, mean=(0.5, 0.5, 0.5), interpolation="bilinear")
+        for seed in range(20):
+            assert change(crop, seed).shape == (3, 20, 20)
+    picture = Image.fromarray(crop.permute(1, 2, 0).numpy())
+    for bits in range(1, 8):
+        kept = np.asarray(posterize(picture, bits))
+        assert np.array_equal(kept, np.asarray(picture) >> (8 - bits) << (8 - bits))
+    assert posterize(picture, 8).tobytes() == picture.tobytes()
+    assert not np.asarray(posterize(picture, 0)).any()
 
 
 def test_mixing_is_that_of_timm():

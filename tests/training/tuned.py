@@ -6,7 +6,8 @@ import pytorch_lightning as pl
 import torch
 
 from contramask.callbacks.validation import Validation
-from contramask.data.augmentation import Augment, BatchAugment
+from contramask.data.augmentation import Augment
+from contramask.data.augmenting import BatchAugment
 from contramask.optim import Optim
 from contramask.schedule import Schedule
 from contramask.training.finetuning import UNDECAYED, FineTuning

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from contramask.data.augmentation import Augment, BatchAugment, RandAugment
+from contramask.data.augmentation import Augment
+from contramask.data.augmenting import BatchAugment, RandAugment
 from contramask.data.crops import Crops
 from contramask.data.examples import Examples, Images, Labelled, TrainExamples
 from contramask.data.module import ImageShards
