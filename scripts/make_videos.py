@@ -7,7 +7,8 @@ signs are cut from CamVid by its masks, blobs of random outline from photographs
 smooth paths over a photograph or a road scene that pans slowly, turn, grow and shrink a little,
 change in brightness, cross each other, and in every other video pass behind a post that has no
 label. The same arguments give the same pixels. OUT/categories.json names the category of each
-object. Frames are JPEG of quality 95.
+object. Frames are JPEG of quality 95. Another set may go into the same OUT under a name of its own
+(--set); what is there is never overwritten.
 """
 
 import argparse
@@ -272,16 +273,24 @@ def make(
     seed: int = 0,
     split: str = "val",
 ) -> None:
-    """Write a set. Raises `UserError` where the data are missing or sizes are too small."""
+    """Write a set.
+
+    Raises:
+        UserError: where the data are missing, sizes are too small, or OUT has such a set.
+    """
     if videos < 1 or frames < 3 or min(size) < 48:
         raise UserError(
             f"{videos} videos of {frames} frames, {size[0]} x {size[1]} pixels; allowed are 1 "
             "video and more, 3 frames (2 are not scored), 48 pixels; set --videos, --frames, --size"
         )
+    listed = out / "ImageSets" / "2017" / f"{split}.txt"
+    names = [f"{split}-{number:03d}" for number in range(videos)]
+    told = out / "categories.json"
+    known = json.loads(told.read_text()) if told.is_file() else {}
+    _check_new(out, listed, names)
     material, categories = Material(root), {}
     resolution = f"{size[0]}p"
-    for number in range(videos):
-        name = f"{split}-{number:03d}"
+    for number, name in enumerate(names):
         rng = np.random.default_rng(fold(seed, split, number))
         scene = Scene(material, rng, size, post=number % 2 == 1)
         categories[name] = {str(i + 1): c for i, c in enumerate(scene.categories)}
@@ -292,10 +301,21 @@ def make(
             Image.fromarray(frame).save(folder / f"{t:05d}.jpg", quality=95)
             masks = out / "Annotations" / resolution / name
             write_mask(masks / f"{t:05d}.png", torch.from_numpy(mask))
-    listed = out / "ImageSets" / "2017" / f"{split}.txt"
     listed.parent.mkdir(parents=True, exist_ok=True)
     listed.write_text("".join(f"{name}\n" for name in categories))
-    (out / "categories.json").write_text(json.dumps(categories, indent=1) + "\n")
+    told.write_text(json.dumps(known | categories, indent=1) + "\n")
+
+
+def _check_new(out: Path, listed: Path, names: list[str]) -> None:
+    """Older frames would mix with new ones; categories and list are of one set, at one size."""
+    folders = [path for kind in ("JPEGImages", "Annotations") for path in (out / kind).glob("*/*")]
+    there = [path for path in folders if path.name in names]
+    there += [listed] if listed.exists() else []
+    if there:
+        raise UserError(
+            f"{there[0]} is there already ({len(there)} such files and folders); set another OUT "
+            "or --set, or remove them"
+        )
 
 
 def main() -> None:

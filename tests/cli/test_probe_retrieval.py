@@ -63,7 +63,7 @@ def test_other_settings_and_the_default_place(export, plain):
     assert result["values"]["patches_shift8_queries"] == 12 * 9  # a row and a column are new
     assert "by l2 among" in result["protocol"]
     assert "of the same place" in result["protocol"]
-    assert (folder / "retrieval-block_00-cls-final.parts" / "rank-0.jsonl").is_file()
+    assert (folder / "retrieval-block_00-cls-final.json.parts" / "rank-0.jsonl").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,21 @@
 """What all probes share: how a model is fed, and that a mistake is told before anything runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from contramask.checkpoints.export import export_backbone
-from contramask.cli.probing import images_of, is_share, open_model, positional, write_result
+from contramask.cli.probe import main as probe
+from contramask.cli.probing import (
+    images_of,
+    is_share,
+    make_trainer,
+    open_model,
+    parts_of,
+    positional,
+    write_result,
+)
 from contramask.data.examples import Images
 from contramask.models.vit import VisionTransformer
 from contramask.types import UserError
@@ -35,6 +45,63 @@ def test_a_model_is_fed_as_in_training_unless_something_else_is_asked_for():
 def test_what_cannot_be_fed(given, patch, told):
     with pytest.raises(UserError, match=told):
         images_of(SHEET, given, patch)
+
+
+PATCHES = ("size", "mean", "std", "min_side")
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed", "told"),
+    [
+        ({"resize": 40}, PATCHES, "resize is given; allowed are size, mean, std, min_side; set --"),
+        ({"mean": [0, 0, 0], "classes": 9}, PATCHES, "images.classes is given; allowed are size"),
+        ({"size": 32}, ("mean", "std"), "size is given; allowed are mean, std; set --images.mean"),
+        ({"size": 30}, PATCHES, "30 pixels are no whole number of patches of 4"),
+    ],
+)
+def test_what_a_command_does_not_read_is_refused(given, allowed, told):
+    with pytest.raises(UserError, match=told):
+        images_of(SHEET, given, 4, allowed)
+
+
+def test_where_sizes_are_not_read_any_will_do():
+    sheet = SHEET | {"size": 30}
+    assert images_of(sheet, {"std": [1, 1, 1]}, 4, ("mean", "std")).std == (1.0, 1.0, 1.0)
+    with pytest.raises(UserError, match="30 pixels are no whole number"):
+        images_of(sheet, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"),
+    [
+        ("track", "mean, std"),
+        ("patches", "size, mean, std, min_side"),
+        ("retrieval", "size, resize, mean, std, min_side, classes"),
+    ],
+)
+def test_the_help_says_what_a_command_reads(kind, allowed, capsys):
+    with pytest.raises(SystemExit):
+        probe([kind, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{allowed}; what is not given is as the run was fed" in told
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", 64])
+def test_weights_that_are_not_float32_are_refused(precision):
+    with pytest.raises(UserError, match=r"-true; features are float32: .* bf16-mixed$"):
+        make_trainer({"accelerator": "cpu", "precision": precision})
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true", None])
+def test_other_precisions_are_not(precision):
+    made = make_trainer({"accelerator": "cpu", "precision": precision})
+    assert made.precision == (precision or "32-true")
+
+
+def test_parts_lie_beside_the_result_under_a_name_of_their_own():
+    names = {parts_of(Path("r") / name).name for name in ("a", "a.json", "a.v1", "a.v2")}
+    assert names == {"a.parts", "a.json.parts", "a.v1.parts", "a.v2.parts"}
+    assert parts_of(Path("r/a")).parent == Path("r")
 
 
 def test_a_model_says_what_goes_into_its_results(tmp_path):

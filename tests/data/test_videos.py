@@ -1,6 +1,8 @@
 """Videos in the layout of DAVIS 2017: what is read, what is refused, what is skipped."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -153,6 +155,38 @@ def no_image(root):
     (masks_of(root) / "00001.png").write_bytes(b"nothing")
 
 
+def huge_header(path):
+    """A PNG whose header promises more pixels than Pillow would decode."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 3, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"PLTE", bytes(6)), (b"IDAT", zlib.compress(b"")))
+    data = b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+
+
+def huge_mask(root):
+    huge_header(masks_of(root) / "00001.png")
+
+
+def huge_frame(root):
+    (frames_of(root) / "00000.jpg").unlink()
+    huge_header(frames_of(root) / "00000.png")
+
+
+def path_in_list(root):
+    (root / "ImageSets" / "2017" / "val.txt").write_text("dog\n\n../480p/cat\n")
+
+
+def absolute_path_in_list(root):
+    (root / "ImageSets" / "2017" / "val.txt").write_text(f"{frames_of(root)}\n")
+
+
+def parent_in_list(root):
+    (root / "ImageSets" / "2017" / "val.txt").write_text("cat\n ..\n")
+
+
 def empty_list(root):
     (root / "ImageSets" / "2017" / "val.txt").write_text("\n\n")
 
@@ -175,6 +209,11 @@ def broken_json(root):
         (large_frame, r"00001.jpg has 80 x 112 pixels, the first frame of its video 48 x 68"),
         (coloured_mask, "00000.png is a mask of mode RGB; allowed is a palette PNG"),
         (no_image, "00001.png cannot be read"),
+        (huge_mask, "00001.png cannot be read .*decompression bomb"),
+        (huge_frame, "00000.png cannot be read .*decompression bomb"),
+        (path_in_list, r"line 3 of .*val.txt is '../480p/cat'; a line is the name of a folder"),
+        (absolute_path_in_list, "line 1 of .*val.txt is '/.*; a line is the name of a folder"),
+        (parent_in_list, r"line 2 of .*val.txt is ' ..'; a line is the name of a folder"),
         (empty_list, "val.txt names no video"),
         (no_list, "val.txt cannot be read; .* --videos, --set and --year"),
         (broken_json, "davis_semantics.json cannot be read as JSON"),
@@ -184,6 +223,19 @@ def test_damage_is_told(root, damage, told):
     damage(root)
     with pytest.raises(UserError, match=told):
         find_videos(root)
+
+
+def test_a_mask_that_grew_is_refused_before_it_is_decoded(root, monkeypatch):
+    video = find_videos(root).videos[0]
+    large_mask(root)
+    monkeypatch.setattr(np, "array", None)
+    with pytest.raises(UserError, match=r"00002.png has 80 x 112 pixels, the first frame of its"):
+        video.mask(2)
+    huge_mask(root)
+    with pytest.raises(UserError, match=r"00001.png cannot be read .*decompression bomb"):
+        video.mask(1)
+    with pytest.raises(UserError, match=r"00001.png cannot be read .*decompression bomb"):
+        read_mask(masks_of(root) / "00001.png")
 
 
 def test_a_frame_cut_short_is_told_when_it_is_read(root):

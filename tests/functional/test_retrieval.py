@@ -71,37 +71,85 @@ def test_similarities_are_those_of_the_definition(metric):
 # ---- patches ------------------------------------------------------------------------------------
 
 
+IMAGES, PATCHES = 4, 6
+LABELS = torch.tensor([3, 1, 3, 0])
+
+
+def matches_by_loops(scores, wanted: int) -> list[bool]:
+    """All patches of the highest score must be right, of all images and of the other images."""
+    home, patches = wanted // PATCHES, range(IMAGES * PATCHES)
+    others = [n for n in patches if n // PATCHES != home]
+    best = [n for n in patches if scores[n] == max(scores)]
+    away = [n for n in others if scores[n] == max(scores[m] for m in others)]
+
+    def alike(found: list[int]) -> bool:
+        return all(LABELS[n // PATCHES] == LABELS[home] for n in found)
+
+    same = all(n // PATCHES == home for n in best)
+    return [best == [wanted], same, alike(best), alike(away)]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @settings(max_examples=15)
 @given(elements=st.integers(1, 300))
 def test_patches_are_matched_by_loops(metric, elements: int):
-    images, patches = 4, 6
-    bank, queries, own = rows(24, 1).view(images, patches, D), rows(Q), whole(Q, images)
-    found = match_patches(
-        ready(queries, metric), ready(bank, metric), own, metric=metric, elements=elements
-    )
+    bank, wanted = rows(24, 1).view(IMAGES, PATCHES, D), whole(Q, 24)
+    queries = bank.flatten(0, 1)[wanted] + 0.7 * rows(Q)
+    shared = {"metric": metric, "elements": elements}
+    found = match_patches(ready(queries, metric), ready(bank, metric), wanted, LABELS, **shared)
     scores = matrix(metric, queries, bank.flatten(0, 1))
+    assert 0 < found.patch.sum() < Q
     for q in range(Q):
-        assert found.nearest[q] == scores[q].argmax()
-        others = [n for n in range(24) if n // patches != own[q]]
-        assert found.elsewhere[q] == max(others, key=lambda n: scores[q, n])
+        expected = matches_by_loops(scores[q].tolist(), int(wanted[q]))
+        assert [bool(part[q]) for part in found] == expected
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10**6))
+def test_ties_of_patches_are_lost_as_by_loops(seed: int):
+    """Features of few whole numbers: scores are exact, and many are equal."""
+    bank, queries = whole(24 * 2, 3, seed).view(24, 2).float(), whole(Q * 2, 3, seed + 1).float()
+    queries, wanted = queries.view(Q, 2), whole(Q, 24, seed)
+    found = match_patches(queries, bank.view(IMAGES, PATCHES, 2), wanted, LABELS)
+    for q in range(Q):
+        expected = matches_by_loops((queries[q] @ bank.mT).tolist(), int(wanted[q]))
+        assert [bool(part[q]) for part in found] == expected
 
 
 def test_patches_by_hand():
     bank = torch.tensor([[[1.0, 0], [0, 1]], [[2, 0], [0, 0.9]], [[-1, 0], [1, 1]]])
     queries = torch.tensor([[1.0, 0], [0, 1], [-1, -0.1]])
-    own = torch.tensor([0, 0, 2])
-    dot = match_patches(queries, bank, own, metric="dot")
-    assert dot.nearest.tolist() == [2, 1, 4]  # the longest vector wins; of equals the first
-    assert dot.elsewhere.tolist() == [2, 5, 3]
-    near = match_patches(queries, bank, own, metric="l2")
-    assert near.nearest.tolist() == [0, 1, 4]
-    assert near.elsewhere.tolist() == [2, 3, 3]
+    wanted, labels = torch.tensor([0, 1, 4]), torch.tensor([7, 8, 8])
+    dot = match_patches(queries, bank, wanted, labels, metric="dot")
+    # The longest vector wins; the second query's also looks like the last patch of all: a tie.
+    assert dot.patch.tolist() == [False, False, True]
+    assert dot.image.tolist() == [False, False, True]
+    assert dot.label.tolist() == [False, False, True]
+    assert dot.elsewhere.tolist() == [False, False, True]
+    near = match_patches(queries, bank, wanted, labels, metric="l2")
+    assert near.patch.tolist() == near.image.tolist() == near.label.tolist() == [True] * 3
+    assert near.elsewhere.tolist() == [False, False, True]
+
+
+def test_patches_that_are_all_alike_find_nothing_but_a_label_that_all_have():
+    bank, wanted = torch.ones(IMAGES, PATCHES, D), whole(Q, 24)
+    found = match_patches(torch.ones(Q, D), bank, wanted, LABELS)
+    assert not torch.stack(found).any()
+    found = match_patches(torch.ones(Q, D), bank, wanted, torch.zeros_like(LABELS))
+    assert [bool(part.all()) for part in found] == [False, False, True, True]
 
 
 def test_no_patch_matches_nothing():
-    found = match_patches(rows(Q)[:0], rows(24).view(4, 6, D), whole(0, 4))
-    assert (len(found.nearest), len(found.elsewhere)) == (0, 0)
+    found = match_patches(rows(Q)[:0], rows(24).view(4, 6, D), whole(0, 4), LABELS)
+    assert [len(part) for part in found] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_are_of_full_precision_under_autocast(metric):
+    queries, bank = ready(rows(Q), metric), ready(rows(N, 1), metric)
+    expected = similarities(queries, bank, metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(similarities(queries, bank, metric), expected)
 
 
 # ---- rankings -----------------------------------------------------------------------------------

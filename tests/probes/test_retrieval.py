@@ -1,5 +1,7 @@
 """The tasks of retrieval on a tiny backbone whose patches see nothing but themselves."""
 
+import weakref
+
 import cv2
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from contramask.functional.warps import Warp, warp
 from contramask.probes.features import CLEAN, Feature, frozen
 from contramask.probes.retrieval import Reader, Stock, everywhere, fingerprints
 from contramask.probes.retrieval_distortions import DISTORTIONS, distort
-from contramask.probes.retrieval_images import detect_copies, retrieve_images
+from contramask.probes.retrieval_images import COPIES_HELD, detect_copies, retrieve_images
 from contramask.probes.retrieval_patches import PatchBank
-from contramask.probes.retrieval_tasks import RetrievalRecipe, told
+from contramask.probes.retrieval_tasks import LOADERS, Retrieval, RetrievalRecipe, told
 from contramask.types import Batch, UserError
+from tests.functional.held import peak
 from tests.probes.tiny import PATCH, SIZE, TinyBackbone
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.25, 0.2, 0.3)
@@ -174,6 +177,7 @@ def test_a_shift_by_a_patch_is_another_index_but_the_same_place(reader):
 def test_chances_by_hand(reader):
     """7 images x 6 patches; labelled: three of class 0, two of class 1, one of class 2."""
     found = bank_of(reader).chances()
+    assert (found["images"], found["patches"]) == (7, 42)
     assert found["same_patch_rate"] == pytest.approx(1 / 42)
     assert found["same_image_rate"] == pytest.approx(1 / 7)
     assert found["same_class_rate"] == pytest.approx((3 * 3 + 2 * 2 + 1) / 6 / 7)
@@ -182,7 +186,7 @@ def test_chances_by_hand(reader):
 
 def test_without_labels_there_are_no_rates_of_classes(reader):
     bank = bank_of(reader, [-1] * 4)
-    assert set(bank.chances()) == {"same_patch_rate", "same_image_rate"}
+    assert set(bank.chances()) == {"images", "patches", "same_patch_rate", "same_image_rate"}
     found = bank.identify(Warp.parse("noise9"))
     assert set(found) == {"queries", "same_patch_rate", "same_image_rate"}
 
@@ -279,6 +283,40 @@ def test_without_labels_there_is_nothing_to_retrieve(reader, which):
         told(RetrievalRecipe(tasks=("images",)), values)
     (note,) = told(RetrievalRecipe(tasks=("images", "copies")), values)
     assert "retrieval of images is left out" in note
+
+
+def test_a_database_is_held_as_often_as_is_said(reader, monkeypatch):
+    """Wide features, so that nothing else counts."""
+    monkeypatch.setattr("contramask.functional.cleaning.ELEMENTS", 2**12)
+    images, width = 700, 512
+    stocks = [Stock(reader, read=True) for _ in range(2)]
+    for seed, (found, count) in enumerate(zip(stocks, (2, images), strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        found._x = [torch.randn(count, width, generator=generator)]
+        found._y = [torch.zeros(count, dtype=torch.long)]
+        found._ids = [seed + 2 * torch.arange(count)]
+    cleaning = Cleaning.parse("zscore")
+    most = peak(lambda: retrieve_images(*stocks, cleaning=cleaning, metric="cosine"))
+    floats = 4 * images * width
+    # The stock's own is there before.
+    assert COPIES_HELD - 1.1 < most / floats < COPIES_HELD - 1 + 0.1
+
+
+def test_what_was_used_for_the_last_time_is_let_go(reader):
+    """The bank of patches before images are ranked, and the database before copies are."""
+    labels = [0, 1, 0, 1]
+    stocks = {
+        name: stock(reader, pictures(labels, seed=seed), labels)
+        for seed, name in enumerate(LOADERS)
+    }
+    recipe = RetrievalRecipe(warps=("none",), copies=1)
+    tasks, database = Retrieval(recipe, reader, stocks), weakref.ref(stocks["database"])
+    del stocks
+    held = []
+    for part in recipe.parts:
+        tasks.compute(part)
+        held.append((tasks._bank is not None, database() is not None))
+    assert held == [(True, True), (True, True), (False, False), (False, False)]
 
 
 # ---- copies -------------------------------------------------------------------------------------

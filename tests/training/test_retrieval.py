@@ -1,6 +1,7 @@
 """Retrieval evaluation under a Lightning Trainer, alone, stopped half-way and on two ranks."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from contramask import distributed
 from contramask.functional.cleaning import Cleaning
 from contramask.functional.warps import Warp
+from contramask.probes import retrieval
 from contramask.probes.features import Feature, frozen
 from contramask.probes.retrieval import Reader
 from contramask.probes.retrieval_images import detect_copies, retrieve_images
@@ -65,11 +67,38 @@ def evaluate(recipe=RECIPE, *, data=None, queries=9, limit=None, distractors=6, 
     return module.result, logged
 
 
-def test_its_numbers_are_those_of_the_tasks():
-    result, logged = evaluate()
+def bfloat16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[bool]:
+    """Whether each forward was in bfloat16."""
+    found: list[bool] = []
+
+    def seen(read):
+        def reads(*args, **options):
+            found.append(torch.is_autocast_enabled("cpu"))
+            return read(*args, **options)
+
+        return reads
+
+    for name in ("features", "patch_features"):
+        monkeypatch.setattr(retrieval, name, seen(getattr(retrieval, name)))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_its_numbers_are_those_of_the_tasks(precision: str, forwards):
+    """All forwards are of one precision: those of loaders and those of warped or copied images."""
+    mixed = precision == "bf16-mixed"
+    result, logged = evaluate(precision=precision)
+    assert len(forwards) > 5 + 3 + 2  # database, queries, distractors; and then some
+    assert set(forwards) == {mixed}
+    assert result["protocol"].endswith(", precision bf16-mixed" if mixed else "clean view")
     backbone, data, cleaning = TinyBackbone(), Levels(), Cleaning.parse("zscore")
     with frozen(backbone):
-        reader = Reader(backbone, FED["feature"], MEAN, STD)
+        reader = Reader(backbone, FED["feature"], MEAN, STD, bfloat16 if mixed else nullcontext)
 
         def taken(split, count):
             labels, levels = data.all(split)
@@ -99,7 +128,7 @@ def test_its_numbers_are_those_of_the_tasks():
             assert logged[f"retrieval/{part}_{name}"] == pytest.approx(value, abs=1e-6)
     for fact in (
         "patches of 9 warped val images by dot among the 54 of the originals",
-        "14 val images by cosine among 23 of train",
+        "14 val images by cosine among 23 of train, of which every rank holds at most 1 MiB",
         "18 copies (2 an original, 2 distortions each) by cosine among 15 originals",
         "cleaning zscore",
         "seed 3",
@@ -150,13 +179,15 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch):
     assert [line.get("name") for line in lines] == [None, *RECIPE.parts]
 
 
-@pytest.mark.parametrize("what", ["images", "settings", "labels"])
+@pytest.mark.parametrize("what", ["images", "settings", "labels", "precision"])
 def test_of_other_images_or_settings_everything_is_done_again(tmp_path, what: str):
     tasks = ("images", "copies")
     before, _ = evaluate(RetrievalRecipe(tasks=tasks), folder=tmp_path)
     recipe, given = RetrievalRecipe(tasks=tasks, seed=int(what == "settings")), {}
     if what == "images":
         given["limit"] = 13
+    if what == "precision":
+        given["precision"] = "bf16-mixed"
     if what == "labels":
         given["data"] = Levels()
         given["data"].unlabelled = True

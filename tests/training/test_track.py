@@ -109,6 +109,16 @@ def test_a_stopped_run_goes_on(found, tmp_path, counted, monkeypatch):
         counted.clear()
 
 
+def test_another_precision_is_another_result(found, tmp_path, counted):
+    plain, mixed = (evaluation(found, tmp_path) for _ in range(2))
+    run(plain)
+    counted.clear()
+    run(mixed, precision="bf16-mixed")
+    assert sum(counted) == 13
+    assert mixed.result["protocol"] == plain.result["protocol"] + ", precision bf16-mixed"
+    assert "precision" not in plain.result["protocol"]
+
+
 def stop_at(name, mask):
     def stops(video, index):
         if video.name == name:
@@ -134,6 +144,32 @@ def test_masks_are_written_and_missed(found, tmp_path, counted):
     (tmp_path / "out" / "dog" / "00003.png").unlink()
     run(evaluation(found, tmp_path / "out", masks=True))
     assert sum(counted) == 6
+
+
+def test_masks_of_another_model_are_written_anew(found, tmp_path, counted):
+    run(evaluation(found, tmp_path, masks=True))
+    path = tmp_path / "dog" / "00003.png"
+    first = path.read_bytes()
+    path.write_bytes(b"of another model")
+    run(evaluation(found, tmp_path, weights="others"))  # writes no masks, and has all numbers
+    counted.clear()
+    run(evaluation(found, tmp_path, weights="others", masks=True))
+    assert sum(counted) == 13
+    assert path.read_bytes() == first  # the test's backbone is the same
+    counted.clear()
+    run(evaluation(found, tmp_path, weights="others", masks=True))
+    assert counted == []
+
+
+def test_masks_of_a_video_that_was_stopped_are_written_anew(found, tmp_path, counted, monkeypatch):
+    run(evaluation(found, tmp_path, masks=True))
+    (tmp_path / "owl" / "00001.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(found.videos[2]), "mask", stop_at("owl", type(found.videos[2]).mask))
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(evaluation(found, tmp_path, masks=True))
+    assert not (tmp_path / "owl" / ".settings").exists()
+    assert (tmp_path / "dog" / ".settings").is_file()
 
 
 @pytest.mark.parametrize("names", [{"cat": 4, "dog": 6, "owl": 3}, {"cat": 4}])

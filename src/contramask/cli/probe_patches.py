@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pytorch_lightning as pl
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
@@ -34,10 +35,14 @@ from contramask.probes.features import Feature, Norm
 from contramask.probes.linear import LinearRecipe
 from contramask.probes.parts import Parts
 from contramask.probes.patches import OF_PATCHES, PatchRecipe
+from contramask.training.passes import missing
 from contramask.training.patches import PatchEvaluation
 from contramask.types import UserError
 
 DEFAULT = PatchRecipe()
+FORMAT = "patches 2"  # of what is kept; raised when the same settings give other numbers
+# Tiles are not cut from a resized image, and masks have classes of their own.
+FED = ("size", "mean", "std", "min_side")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,37 +50,47 @@ def main(argv: Sequence[str]) -> None:
     parser = build_parser()
     config = parser.parse_args(positional(argv))
     parts = parser.build(config)
-    opened = open_model(config.run, config.images)
+    opened = open_model(config.run, config.images, FED)
     sources = sources_of(config.sources, opened.backbone.spec.depth)
     recipe = recipe_of(config, parts.recipe)
     data = feed(parts.data, config, opened)
     out = config.out or opened.folder / f"patches-{short(sources)}.json"
     trainer = make_trainer(parts.trainer.as_dict())
-    settings = digest_of(opened.backbone, data.dense, data.about(), config.norm, recipe, sources)
-    # Every rank reads what is done before any of them begins; the first one adds to it.
-    kept = Parts(out.with_name(f".{out.stem}.parts.jsonl"), settings)
-    groups = [sources[i : i + config.together] for i in range(0, len(sources), config.together)]
-    for number, group in enumerate(groups):
-        if (name := " ".join(group)) in kept.done:
-            continue
-        data.pictures = number == 0 and config.pictures > 0
+    together = [sources[i : i + config.together] for i in range(0, len(sources), config.together)]
+    groups = {" ".join(group): group for group in together}
+    kept = kept_of(trainer, out, data, opened, config.norm, recipe, sources)
+    done = {} if kept is None else kept.done
+    first = next(iter(groups))
+    for name in missing(trainer, list(groups), done):
+        data.pictures = name == first and config.pictures > 0
         evaluation = PatchEvaluation(
             opened.backbone,
             data.dense,
-            sources=group,
+            sources=groups[name],
             norm=config.norm,
             recipe=recipe,
             names=data.names,
             pictures=(out.parent / "patches", config.pictures) if data.pictures else None,
         )
         trainer.validate(evaluation, datamodule=data, verbose=False)
-        kept.done[name] = evaluation.result
-        if trainer.is_global_zero:
+        if kept is not None:
             kept.add(name, evaluation.result)
-    if trainer.is_global_zero:
-        results = [kept.done[" ".join(group)] for group in groups]
+    if kept is not None:
+        results = [kept.done[name] for name in groups]
         finish({"probe": "patches", **opened.about, **joined(results, data)}, out)
         kept.path.unlink()
+
+
+def kept_of(
+    trainer: pl.Trainer, out: Path, data: DenseShards, opened: Opened, *settings: Any
+) -> Parts | None:
+    """What is done already: kept by the first rank, which tells the others."""
+    held = (data.dense, data.about(), data.names)  # on all ranks: mistakes are told on all
+    if not trainer.is_global_zero:
+        return None
+    run = (FORMAT, str(trainer.precision), trainer.limit_val_batches)
+    digest = digest_of(opened.backbone, *run, *held, *settings)
+    return Parts(out.with_name(f".{out.stem}.parts.jsonl"), digest)
 
 
 def recipe_of(config: Namespace, linear: LinearRecipe) -> PatchRecipe:
@@ -173,7 +188,7 @@ def finish(result: dict[str, Any], out: Path) -> None:
 
 def build_parser() -> Parser:
     """The options."""
-    parser = probe_parser("patches", __doc__, data=False)
+    parser = probe_parser("patches", __doc__, data=False, images=FED)
     parser.add_class_arguments(DenseShards, "data", skip={"seed"})
     add = parser.add_argument
     add("--sources", type=list[str] | Literal["all"], default=["last"], help="last, block_07, ...")

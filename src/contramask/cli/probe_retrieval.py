@@ -11,8 +11,10 @@ from contramask.cli.parser import Parser
 from contramask.cli.probing import (
     add_feature,
     feature_of,
+    is_share,
     make_trainer,
     open_model,
+    parts_of,
     positional,
     probe_parser,
     show_result,
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         mean=opened.images.mean,
         std=opened.images.std,
         transform=opened.transform,
-        folder=out.parent / f"{out.stem}.parts",
+        folder=parts_of(out),
     )
     limits = {name: config[name] for name in ("limit", "queries", "distractors")}
     parts.data.images = opened.images
@@ -96,7 +98,7 @@ def _warps(parts: Mapping[str, Mapping[str, int | float]]) -> Table | None:
     rows = {name.removeprefix("patches_"): v for name, v in parts.items() if "patches_" in name}
     if not rows:
         return None
-    columns = list(dict.fromkeys(k for values in rows.values() for k in values if k != "queries"))
+    columns = list(dict.fromkeys(k for v in rows.values() for k in v if is_share(k)))
     table = Table(title="patches of warped images: what their nearest is", title_justify="left")
     table.add_column("warp")
     for column in [*columns, "queries"]:

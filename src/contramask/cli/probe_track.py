@@ -5,11 +5,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import Namespace
+from rich.console import Console
 
 from contramask.cli.parser import Parser
 from contramask.cli.probing import (
     make_trainer,
     open_model,
+    parts_of,
     positional,
     probe_parser,
     show_result,
@@ -20,6 +22,9 @@ from contramask.probes.features import Norm
 from contramask.probes.instances import Similarity
 from contramask.probes.track import TrackRecipe
 from contramask.training.track import TrackEvaluation, TrackVideos
+
+# Frames have their own sizes, --short_side and --long_side.
+FED = ("mean", "std")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,12 +40,13 @@ def main(argv: Sequence[str]) -> None:
         categories=config.categories,
         limit=config.limit,
     )
-    opened = open_model(config.run, config.images)
+    opened = open_model(config.run, config.images, FED)
     out = config.out or opened.folder / f"{_stem(recipe)}.json"
+    folder = parts_of(out)
     evaluation = TrackEvaluation(
         opened.backbone,
         found,
-        out.with_suffix(""),
+        folder,
         weights=opened.about["backbone"],
         recipe=recipe,
         short_side=config.short_side,
@@ -58,11 +64,14 @@ def main(argv: Sequence[str]) -> None:
     if trainer.is_global_zero:
         write_result(result, out)
         show_result(result, out)
+        if config.masks:
+            where = f"masks in {folder}/VIDEO/"
+            Console().print(where, highlight=False, markup=False, soft_wrap=True)
 
 
 def build_parser() -> Parser:
     """The options."""
-    parser = probe_parser("track", __doc__, data=False)
+    parser = probe_parser("track", __doc__, data=False, images=FED)
     add, default = parser.add_argument, TrackRecipe()
     add("--videos", type=Path, required=True, help="a folder in the layout of DAVIS 2017")
     add("--set", type=str, default="val", help="ImageSets/YEAR/SET.txt")
@@ -80,7 +89,7 @@ def build_parser() -> Parser:
     add("--similarity", type=Similarity, default=default.similarity, help="of instances")
     add("--source", type=str, default=default.source, help="last, last4, block_07")
     add("--norm", type=Norm, default=default.norm, help="the backbone's, or none")
-    add("--masks", type=bool, default=False, help="write predicted masks as palette PNGs")
+    add("--masks", type=bool, default=False, help="palette PNGs in OUT.parts/VIDEO/")
     add("--batch_size", type=int, default=8, help="frames of one forward")
     add("--workers", type=int, default=2, help="threads that read frames")
     return parser

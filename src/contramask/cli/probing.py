@@ -22,20 +22,26 @@ from contramask.models.digest import digest_of
 from contramask.probes.features import Feature, Norm, Pool
 from contramask.types import UserError
 
+# What `--images` may set where nothing else is said: all fields of `Images`.
+ALL = tuple(field.name for field in fields(Images))
 
-def probe_parser(kind: str, about: str | None, *, data: bool = True) -> Parser:
+
+def probe_parser(
+    kind: str, about: str | None, *, data: bool = True, images: Sequence[str] = ALL
+) -> Parser:
     """A parser with the options of every probe.
 
     Args:
         kind: the word after `contramask probe`.
         about: the docstring of the module.
         data: whether the probe reads shards through `ImageShards`.
+        images: the fields of `--images` that it reads; `open_model` refuses the others.
     """
     parser = Parser(prog=f"contramask probe {kind}", description=about)
     parser.add_argument("-c", "--config", action="config", help="a YAML file")
     parser.add_argument("--run", type=str, required=True, help="a run, an export, official weights")
     parser.add_argument("--out", type=Path | None, help="the result; default RUN/probes/NAME.json")
-    add_images(parser)
+    add_images(parser, images)
     if data:
         parser.add_class_arguments(ImageShards, "data", skip={"seed", "views", "images"})
         parser.add_argument("--limit", type=int | None, help="the most images of each split")
@@ -50,30 +56,36 @@ def probe_parser(kind: str, about: str | None, *, data: bool = True) -> Parser:
     return parser
 
 
-def add_images(parser: Parser) -> None:
-    """`--images.size` and the other fields of `Images`, each by default as the run was fed."""
-    about = "size, resize, mean, std, min_side, classes; what is not given is as the run was fed"
+def add_images(parser: Parser, allowed: Sequence[str] = ALL) -> None:
+    """`--images.size` and other fields of `Images`, each by default as the run was fed."""
+    about = f"{', '.join(allowed)}; what is not given is as the run was fed"
     parser.add_argument("--images", type=dict[str, Any] | None, help=about)
 
 
-def images_of(sheet: Mapping[str, Any], given: Mapping[str, Any] | None, patch: int) -> Images:
+def images_of(
+    sheet: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
+    patch: int,
+    allowed: Sequence[str] = ALL,
+) -> Images:
     """How a model is fed.
 
     Args:
         sheet: how it was fed in training.
         given: what is to be different.
         patch: of the model; smaller images are bad.
+        allowed: the fields that are read; without `size` any size in training will do.
 
     Raises:
-        UserError: for a field that there is not, or images of no whole number of patches.
+        UserError: for a field that is not read, or images of no whole number of patches.
     """
-    allowed = [field.name for field in fields(Images)]
     known = {key: sheet[key] for key in ("size", "resize", "mean", "std") if key in sheet}
     changes = dict(given or {})
     for name in changes:
         if name not in allowed:
             raise UserError(
-                f"images.{name} is given; allowed are {', '.join(allowed)}; set --images.size, ..."
+                f"images.{name} is given; allowed are {', '.join(allowed)}; set "
+                f"--images.{allowed[0]}, ..."
             )
     if "size" in changes and "resize" not in changes:
         known["resize"] = None  # in proportion
@@ -81,7 +93,7 @@ def images_of(sheet: Mapping[str, Any], given: Mapping[str, Any] | None, patch: 
     merged |= {key: tuple(map(float, merged[key])) for key in ("mean", "std") if key in merged}
     try:
         fed = Images(**merged)
-        whole = fed.size % patch == 0
+        whole = "size" not in allowed or fed.size % patch == 0
     except TypeError as error:
         raise UserError(f"images: {error}; given {changes}; set --images") from error
     if not whole:
@@ -141,32 +153,54 @@ class Opened:
         return path / "probes" if path.is_dir() else path.parent / f"{path.stem}-probes"
 
 
-def open_model(text: str, images: Mapping[str, Any] | None = None) -> Opened:
+def open_model(
+    text: str, images: Mapping[str, Any] | None = None, allowed: Sequence[str] = ALL
+) -> Opened:
     """Load what `--run` names.
 
     Args:
         text: a run, an export, official weights.
         images: how it is fed, where that is not as in training; see `images_of`.
+        allowed: the fields of `images` that are read.
 
     Raises:
-        UserError: nothing is there, or images are no whole number of patches.
+        UserError: nothing is there, or images cannot be so.
     """
     source = Source.parse(text)
     backbone, about = source.load()
     backbone.requires_grad_(requires_grad=False)
-    fed = images_of(about["data"], images, backbone.spec.patch)
+    fed = images_of(about["data"], images, backbone.spec.patch, allowed)
     known = {"run": str(source.path), "step": about["step"], "net": about["net"]}
     return Opened(source, backbone, fed, {**known, "backbone": digest_of(backbone)})
 
 
 def make_trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
-    """A trainer that evaluates: no logger, no checkpoints, a progress bar. Raises `UserError`."""
+    """A trainer that evaluates: no logger, no checkpoints, a progress bar.
+
+    Raises:
+        UserError: for options that Lightning refuses, or weights that are not float32.
+    """
     settle()
     quiet = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False}
     try:
-        return pl.Trainer(**{**arguments, **quiet})
+        trainer = pl.Trainer(**{**arguments, **quiet})
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}; correct the options under --trainer") from error
+    if trainer.precision.endswith("-true") and trainer.precision != "32-true":
+        # Images would be rounded too, before anything reads them.
+        raise UserError(
+            f"trainer: precision is {trainer.precision}; features are float32: allowed are 32-true "
+            "and, for faster forwards, bf16-mixed; set --trainer.precision bf16-mixed"
+        )
+    return trainer
+
+
+def parts_of(out: Path) -> Path:
+    """Where the finished parts of a result are kept, beside it: `a.json.parts`.
+
+    The whole name counts, so it is never the result's own, nor that of `a.v2.json`.
+    """
+    return out.with_name(f"{out.name}.parts")
 
 
 def write_result(result: Mapping[str, Any], out: Path) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from contramask.data.decode import BadImage, decode
 from contramask.types import UserError
 
+# What Pillow raises on damaged files and on headers that promise more pixels than it would decode.
+DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 VOID = 255  # a pixel that belongs to nothing; the official evaluation counts it as background
 
 
@@ -82,22 +84,24 @@ def read_frames(
             yield waiting.popleft().result()
 
 
-def read_mask(path: Path) -> UInt8[Tensor, "H W"]:
+def read_mask(path: Path, expected: tuple[int, int] | None = None) -> UInt8[Tensor, "H W"]:
     """The index of the object at each pixel; void is background.
 
+    Args:
+        path: of the file.
+        expected: (height, width) that its header must say before it is decoded; None: any.
+
     Raises:
-        UserError: it is damaged, or has colours in place of indices.
+        UserError: it is damaged, has another size, or colours in place of indices.
     """
     try:
         with Image.open(path) as image:
-            mode, pixels = image.mode, np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
+            _check_mask(path, image, expected)
+            pixels = np.array(image)
+    except UserError:  # a ValueError too
+        raise
+    except DAMAGE as error:
         raise UserError(f"videos: {path} cannot be read ({error}); copy it again") from error
-    if mode not in ("P", "L", "1"):
-        raise UserError(
-            f"videos: {path} is a mask of mode {mode}; allowed is a palette PNG, whose pixels are "
-            "indices of objects; convert it"
-        )
     pixels = pixels.astype(np.uint8)
     pixels[pixels == VOID] = 0
     return torch.from_numpy(pixels)
@@ -129,6 +133,18 @@ def palette() -> UInt8[np.ndarray, "256 3"]:
     return colours.astype(np.uint8)
 
 
+def _check_mask(path: Path, image: Image.Image, expected: tuple[int, int] | None) -> None:
+    """By the header alone."""
+    found = (image.height, image.width)
+    if expected is not None and found != expected:
+        raise UserError(other_size(path, found, expected))
+    if image.mode not in ("P", "L", "1"):
+        raise UserError(
+            f"videos: {path} is a mask of mode {image.mode}; allowed is a palette PNG, whose "
+            "pixels are indices of objects; convert it"
+        )
+
+
 def _frame(path: Path, expected: tuple[int, int], size: tuple[int, int]) -> Tensor:
     try:
         pixels = decode(path.read_bytes(), min_side=1)
@@ -148,7 +164,7 @@ def size_of(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except OSError as error:
+    except DAMAGE as error:
         raise UserError(f"videos: {path} cannot be read ({error}); copy it again") from error
 
 

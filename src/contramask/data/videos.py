@@ -49,7 +49,7 @@ class Video:
     def mask(self, index: int) -> UInt8[Tensor, "H W"] | None:
         """The mask of a frame; None where there is none."""
         path = self.masks[index]
-        return None if path is None else read_mask(path)
+        return None if path is None else read_mask(path, self.size)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def find_videos(
         limit: the first so many videos of the list.
 
     Raises:
-        UserError: a file or folder is missing or empty, a frame is missing, a size differs, or no
-            video is left.
+        UserError: a file or folder is missing or empty, a name is a path, a frame is missing, a
+            size differs, or no video is left.
     """
     if limit is not None and limit < 1:
         raise UserError(f"videos: limit is {limit}; it is at least 1; set --limit")
@@ -96,7 +96,7 @@ def find_videos(
             f"videos: {listed} cannot be read; a folder in the layout of DAVIS 2017 has it; set "
             "--videos, --set and --year"
         ) from error
-    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:limit]
+    names = _names(listed, lines)[:limit]
     if not names:
         raise UserError(f"videos: {listed} names no video; it needs one a line; set --set")
     known = _categories(root, categories)
@@ -114,6 +114,21 @@ def find_videos(
             f"{name}: {reason}; set --set or --resolution"
         )
     return VideoSet(videos, skipped)
+
+
+def _names(listed: Path, lines: list[str]) -> list[str]:
+    """The names of a list, each once. They become folders, here and where results are written."""
+    names: dict[str, None] = {}
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        if name in (".", "..") or any(mark in name for mark in "/\\\0"):
+            raise UserError(
+                f"videos: line {number} of {listed} is {line!r}; a line is the name of a folder "
+                "and no path; correct the list, or set --set"
+            )
+        if name:
+            names[name] = None
+    return list(names)
 
 
 def _video(root: Path, resolution: str, name: str, known: Any) -> Video | str:
@@ -141,7 +156,7 @@ def _video(root: Path, resolution: str, name: str, known: Any) -> Video | str:
     for path in (*frames.values(), *masks.values()):
         if (found := size_of(path)) != size:
             raise UserError(other_size(path, found, size))
-    objects = tuple(int(i) for i in read_mask(masks[first]).unique() if i)
+    objects = tuple(int(i) for i in read_mask(masks[first], size).unique() if i)
     if not objects:
         return f"no object in its first mask {first} (0 and {VOID} are background)"
     every = [*frames.values(), *masks.values()]

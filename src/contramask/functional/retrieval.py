@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from contramask.functional.search import full_precision
+
 Metric = Literal["dot", "cosine", "l2"]
 
 # Scores that are held at once, 256 MiB in float32; a few more arrays of this size come and go.
@@ -26,49 +28,69 @@ def ready(rows: Float[Tensor, "*N D"], metric: Metric) -> Float[Tensor, "*N D"]:
 def similarities(
     queries: Float[Tensor, "Q D"], bank: Float[Tensor, "N D"], metric: Metric
 ) -> Float[Tensor, "Q N"]:
-    """The inner product, the cosine, or minus the squared Euclidean distance of `ready` rows."""
-    products = queries @ bank.mT
-    if metric != "l2":
-        return products
-    return 2 * products - queries.square().sum(1)[:, None] - bank.square().sum(1)
+    """The inner product, the cosine, or minus the squared Euclidean distance of `ready` rows.
+
+    In float32 under autocast and TF32 too: coarser scores would tie rows that are not alike.
+    """
+    with full_precision(queries.device):
+        products = queries @ bank.mT
+        if metric != "l2":
+            return products
+        return 2 * products - queries.square().sum(1)[:, None] - bank.square().sum(1)
 
 
 class Match(NamedTuple):
-    """The nearest patch of each of Q queries, as a row of the bank of M x P patches."""
+    """What the nearest patch of each of Q queries is. Ties are lost: all of the nearest must be."""
 
-    nearest: Int[Tensor, " Q"]
-    elsewhere: Int[Tensor, " Q"]  # nearest of all patches of other images
+    patch: Bool[Tensor, " Q"]  # the one that was wanted
+    image: Bool[Tensor, " Q"]  # one of the query's own image
+    label: Bool[Tensor, " Q"]  # one of an image with its label
+    elsewhere: Bool[Tensor, " Q"]  # of all patches of other images, one of an image with its label
 
 
 @torch.no_grad()
 def match_patches(
     queries: Float[Tensor, "Q D"],
     bank: Float[Tensor, "M P D"],
-    own: Int[Tensor, " Q"],
+    wanted: Int[Tensor, " Q"],
+    labels: Int[Tensor, " M"],
     *,
     metric: Metric = "dot",
     elements: int = ELEMENTS,
 ) -> Match:
     """Find each patch among all patches of M images, and among those of the other M - 1.
 
-    Vanyan et al., 2024 (arXiv:2401.00463) take the inner product of features as they are. Of equal
-    scores the first row wins.
+    Vanyan et al., 2024 (arXiv:2401.00463) take the inner product of features as they are. Only
+    largest scores are compared, so the order of the bank decides nothing, on any device.
 
     Args:
         queries: `ready` rows.
         bank: `ready` rows.
-        own: the image of the bank, 0..M-1, that each query comes from.
+        wanted: the patch that should be found, as a row of the bank of M x P patches; its image is
+            the query's own.
+        labels: of the images; `label` and `elsewhere` take those below 0 for one more label.
         metric: what is nearest.
         elements: scores held at once, at least M P.
     """
-    rows, found = bank.flatten(0, 1), list[tuple[Tensor, Tensor]]()
-    for part, home in _slices(len(rows), elements, queries, own):
-        scores = similarities(part, rows, metric)
-        nearest = scores.argmax(1)
-        every = torch.arange(len(part), device=scores.device)
-        scores.view(len(part), *bank.shape[:2])[every, home] = -torch.inf
-        found.append((nearest, scores.argmax(1)))
-    return Match(*map(torch.cat, zip(*found, strict=True))) if found else Match(own, own)
+    size = bank.shape[1]
+    found = [(torch.empty(0, dtype=torch.bool, device=queries.device),) * 4]
+    for part, target in _slices(bank.shape[0] * size, elements, queries, wanted):
+        scores = similarities(part, bank.flatten(0, 1), metric)
+        right = scores.gather(1, target[:, None])
+        home = (target // size)[:, None]
+        best = scores.view(len(part), *bank.shape[:2]).amax(2)  # of each image
+        alike = labels[home] == labels
+        own = torch.zeros_like(alike).scatter_(1, home, value=True)
+        alone = (scores >= right).sum(1) == 1  # the wanted patch itself
+        hits = (_wins(best, own), _wins(best, alike))
+        found.append((alone, *hits, _wins(best.masked_fill(own, -torch.inf), alike)))
+    return Match(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _wins(scores: Float[Tensor, "Q M"], right: Bool[Tensor, "Q M"]) -> Bool[Tensor, " Q"]:
+    """Whether the best of the right ones is above all others."""
+    best, other = (scores.masked_fill(out, -torch.inf).amax(1) for out in (~right, right))
+    return best > other
 
 
 class Ranked(NamedTuple):

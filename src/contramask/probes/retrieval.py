@@ -1,8 +1,10 @@
 """What the probes of retrieval share: images read once, known by their pixels on every rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -31,12 +33,15 @@ class Reader:
         feature: which; patches are read at its `source` and `norm`.
         mean: subtracted from the channels, which are in [0, 1].
         std: what the channels are divided by.
+        precision: the context of every forward, autocast or nothing. What is ranked together must
+            be read alike, whether a loader or a probe asks for it.
     """
 
     backbone: Backbone
     feature: Feature
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def device(self) -> torch.device:
@@ -50,15 +55,15 @@ class Reader:
 
     def images(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         """One feature of each image in [0, 1]."""
-        f = self.feature
-        x = features(self.backbone, self._normal(images), source=f.source, pool=f.pool, norm=f.norm)
-        return finite(x)
+        f, x = self.feature, self._normal(images)
+        with self.precision():
+            return finite(features(self.backbone, x, source=f.source, pool=f.pool, norm=f.norm))
 
     def patches(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         """One feature of each patch of images in [0, 1]."""
-        source, norm = self.feature.source, self.feature.norm
-        x = patch_features(self.backbone, self._normal(images), source=source, norm=norm)
-        return finite(x)
+        f, x = self.feature, self._normal(images)
+        with self.precision():
+            return finite(patch_features(self.backbone, x, source=f.source, norm=f.norm))
 
     def _normal(self, images: Tensor) -> Tensor:
         images = images.to(self.device)
@@ -141,8 +146,10 @@ class Stock:
 
     @property
     def x(self) -> Float[Tensor, "B F"]:
-        """The features of this rank's images."""
-        return torch.cat(self._x)
+        """The features of this rank's images, held once."""
+        if len(self._x) > 1:
+            self._x = [torch.cat(self._x)]
+        return self._x[0]
 
     @property
     def size(self) -> tuple[int, int]:

@@ -19,6 +19,9 @@ from contramask.types import UserError
 
 KS = (1, 5, 10)
 
+# How often a feature of the database is held at most: as read, by fingerprints, cleaned, as a bank.
+COPIES_HELD = 4
+
 
 def retrieve_images(
     queries: Stock, database: Stock, *, cleaning: Cleaning, metric: Metric
@@ -27,6 +30,10 @@ def retrieve_images(
 
     Images without a label take no part, and what has the very pixels of the query is left out of
     its ranking; so the same stock twice means leave-one-out.
+
+    Every rank holds the features of the whole database, N images of F floats: beside some GiB for
+    scores at most `COPIES_HELD` x 4 N F bytes at once while they are cleaned, the rank's own part
+    of them included, and half of that from then on.
 
     Args:
         queries: this rank's, with features.
@@ -41,14 +48,13 @@ def retrieve_images(
         database, or where no query has anything to find, the counts alone.
     """
     device = database.reader.device
-    known = database.labels >= 0
-    rows = (database.x[known], database.labels[known])
-    ids, (x, y) = everywhere(database.ids[known], *rows, via=device)
+    ids, x, y = _labelled(database)
     mine = queries.labels >= 0
     sums = torch.zeros(5 + len(KS), dtype=torch.float64, device=device)
     sums[0] = mine.sum()
     if len(ids):
         space = Space(x, cleaning, metric)
+        del x  # as large as the bank, which takes its place
         own = queries.ids[mine]
         found = retrieve(
             space(queries.x[mine]), space.bank, (queries.labels[mine], y), (own, ids), metric=metric
@@ -70,6 +76,14 @@ def retrieve_images(
         names = ["map", "at_r_map", *(f"recall{k}_rate" for k in KS), "chance_recall1_rate"]
         values |= dict(zip(names, rounded(means, able), strict=True))
     return values
+
+
+def _labelled(database: Stock) -> tuple[Tensor, Tensor, Tensor]:
+    """Fingerprints, features and labels of all ranks' labelled images."""
+    known = database.labels >= 0
+    rows = (database.x[known], database.labels[known])
+    ids, (x, y) = everywhere(database.ids[known], *rows, via=database.reader.device)
+    return ids, x, y
 
 
 def detect_copies(
@@ -104,6 +118,20 @@ def detect_copies(
     Raises:
         UserError: for a database of fewer than two images.
     """
+    ids, x = _searched(reader, originals, distractors)
+    space = Space(x, cleaning, metric)
+    del x  # as large as the bank, which takes its place
+    queries, kinds, own = _read_copies(reader, originals, copies, seed)
+    targets = torch.searchsorted(ids, own)
+    arguments = (space(queries), space.bank, targets)
+    right, ranks = find_originals(*arguments, metric=metric)
+    thresholds = gather_rows(right, via=reader.device).sort().values
+    above = total(wrong_pairs_above(thresholds, *arguments, metric=metric))
+    return _copy_values(ranks, kinds, above, len(space.bank))
+
+
+def _searched(reader: Reader, originals: Stock, distractors: Stock) -> tuple[Tensor, Tensor]:
+    """Fingerprints of all originals, and features of them and, behind them, of all distractors."""
     device = reader.device
     width = reader.feature.width(reader.backbone.spec)
     read = [torch.empty((0, width), device=device)]
@@ -116,14 +144,7 @@ def detect_copies(
             f"retrieval: {len(ids)} originals and {len(y)} distractors; copies need an original "
             "and another image; give more in data.val and data.train"
         )
-    space = Space(torch.cat([x, y]), cleaning, metric)
-    queries, kinds, own = _read_copies(reader, originals, copies, seed)
-    targets = torch.searchsorted(ids, own)
-    arguments = (space(queries), space.bank, targets)
-    right, ranks = find_originals(*arguments, metric=metric)
-    thresholds = gather_rows(right, via=device).sort().values
-    above = total(wrong_pairs_above(thresholds, *arguments, metric=metric))
-    return _copy_values(ranks, kinds, above, len(space.bank))
+    return ids, torch.cat([x, y])
 
 
 def _read_copies(

@@ -53,9 +53,10 @@ class PatchBank:
         self.rows = self.space.bank.unflatten(0, (len(self._ids), -1))
 
     def chances(self) -> Values:
-        """Expected rates of an answer that is drawn from the bank."""
+        """`images` and `patches` of the bank; expected rates of an answer drawn from it."""
         images, patches = self.rows.shape[:2]
-        values = {"same_patch_rate": 1 / (images * patches), "same_image_rate": 1 / images}
+        values: Values = {"images": images, "patches": images * patches}
+        values |= {"same_patch_rate": 1 / (images * patches), "same_image_rate": 1 / images}
         known = self.labels[self.labels >= 0]
         count = self._others(known).double() + 1
         if len(known):
@@ -96,23 +97,23 @@ class PatchBank:
             own = own.repeat_interleave(len(queries))
             right = queries if same == "index" else origin.to(queries)[queries]
             target = own * self.rows.shape[1] + right.repeat(len(images))
-            found = match_patches(self.space(x), self.rows, own, metric=self.space.metric)
-            sums += self._count(found, own, target)
+            x, metric = self.space(x), self.space.metric
+            found = match_patches(x, self.rows, target, self.labels, metric=metric)
+            sums += self._count(found, own)
         return self._rates(wanted, total(sums))
 
-    def _count(self, found: Match, own: Tensor, target: Tensor) -> Tensor:
-        patches = self.rows.shape[1]
-        label, image = self.labels[own], found.nearest // patches
+    def _count(self, found: Match, own: Tensor) -> Tensor:
+        label = self.labels[own]
         known = label >= 0
         other = known & (self._others(label) > 0)
         hits = (
             torch.ones_like(known),
-            found.nearest == target,
-            image == own,
+            found.patch,
+            found.image,
             known,
-            known & (self.labels[image] == label),
+            known & found.label,
             other,
-            other & (self.labels[found.elsewhere // patches] == label),
+            other & found.elsewhere,
         )
         return torch.stack([hit.sum() for hit in hits]).double()
 

@@ -107,7 +107,8 @@ class RetrievalRecipe:
 class Retrieval:
     """The parts of a recipe, each computed over all ranks when asked for.
 
-    All ranks ask for the same parts in the same order.
+    All ranks ask for the same parts in the order of the recipe. What a part has read for the last
+    time is let go.
 
     Args:
         recipe: what is looked for.
@@ -116,20 +117,22 @@ class Retrieval:
     """
 
     def __init__(self, recipe: RetrievalRecipe, reader: Reader, stocks: Mapping[Loaded, Stock]):
-        self.recipe, self.reader, self.stocks = recipe, reader, stocks
+        self.recipe, self.reader, self.stocks = recipe, reader, dict(stocks)
         self._cleaning = Cleaning.parse(recipe.cleaning)
         self._bank: PatchBank | None = None
 
     def compute(self, part: str) -> Values:
-        """The values of one of `recipe.parts`. Raises `UserError`, see the tasks."""
+        """The values of one of `recipe.parts`, once. Raises `UserError`, see the tasks."""
         recipe, shared = self.recipe, {"cleaning": self._cleaning}
+        if part in ("images", "copies"):
+            self._bank = None  # it is large, and patches come first
         if part == "images":
-            queries = self.stocks["queries"]
-            database = self.stocks.get("database", queries)
+            # Taken out: nothing else reads them, and the database is large too.
+            queries = self.stocks.pop("queries")
+            database = self.stocks.pop("database", queries)
             metric = recipe.metric_of("images")
             return retrieve_images(queries, database, metric=metric, **shared)
         if part == "copies":
-            self._bank = None  # it is large, and patches come first
             return detect_copies(
                 self.reader,
                 self.stocks["originals"],

@@ -7,6 +7,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from contramask.functional.contours import contour_accuracy, region_similarity
+from contramask.probes.instances import rates
 
 
 def agreement(
@@ -58,3 +59,41 @@ def scores_of(scores: dict[str, list[Tensor]], objects: tuple[int, ...]) -> dict
             for o, index in enumerate(objects)
         },
     }
+
+
+def summary(tables: dict[str, Any], skipped: dict[str, str]) -> dict[str, Any]:
+    """What a set of videos comes to.
+
+    Args:
+        tables: of each video what `track` returns.
+        skipped: videos that were left out, and why.
+
+    Returns:
+        `values`; means are over all objects of all videos. `videos`, `instances`, `skipped`.
+    """
+    objects = [scores for table in tables.values() for scores in table["objects"].values()]
+    values: dict[str, float] = {}
+    if objects:
+        for name in objects[0]:
+            mean = sum(scores[name] for scores in objects) / len(objects)
+            key = {"mean": "rate", "recall": "recall_rate", "decay": "decay"}
+            letter, _, what = name.partition("_")
+            values[f"{letter}_{key[what]}"] = mean
+        values["jf_rate"] = (values["j_rate"] + values["f_rate"]) / 2
+    matched: dict[str, dict[str, float]] = {}
+    for table in tables.values():
+        for delta, counts in table["instances"].items():
+            sums = matched.setdefault(delta, dict.fromkeys(counts, 0.0))
+            for name, count in counts.items():
+                sums[name] += count
+    values |= rates(matched)
+    values = {name: round(value, 6) for name, value in values.items()}
+    values |= {
+        "videos": len(tables),
+        "objects": len(objects),
+        "frames": sum(table["scored"] for table in tables.values()),
+        "unscored_videos": sum(not table["scored"] for table in tables.values()),
+        "lost_objects": sum(table["lost"] for table in tables.values()),
+        "skipped_videos": len(skipped),
+    }
+    return {"values": values, "videos": tables, "instances": matched, "skipped": skipped}

@@ -16,7 +16,9 @@ from contramask.probes.evaluation import CleanData
 from contramask.probes.features import CLS, Feature, frozen
 from contramask.probes.parts import Parts
 from contramask.probes.retrieval import Reader, Stock
+from contramask.probes.retrieval_images import COPIES_HELD
 from contramask.probes.retrieval_tasks import LOADERS, Loaded, Retrieval, RetrievalRecipe, told
+from contramask.training.precision import in_words
 from contramask.types import Batch, UserError
 
 
@@ -127,7 +129,8 @@ class RetrievalEvaluation(pl.LightningModule):
                 f"retrieval: {count} loader(s) given; the tasks read {', '.join(wanted)}; call "
                 "trainer.validate(module, datamodule=RetrievalImages(data, module.recipe))"
             )
-        reader = Reader(self.backbone, self.feature, self.mean, self.std)
+        context = self.trainer.precision_plugin.forward_context
+        reader = Reader(self.backbone, self.feature, self.mean, self.std, context)
         self._reader = reader
         self._stocks: dict[Loaded, Stock] = {
             name: Stock(reader, keep=name == "originals", read=name != "originals")
@@ -139,9 +142,9 @@ class RetrievalEvaluation(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         retrieval = Retrieval(self.recipe, self._reader, self._stocks)
+        del self._reader, self._stocks  # so that it can let go what it has done with
         with frozen(self.backbone):
             parts = self._compute(retrieval)
-        del self._reader, self._stocks
         values = {f"{part}_{k}": v for part, found in parts.items() for k, v in found.items()}
         self.result = {
             "values": values,
@@ -174,23 +177,27 @@ class RetrievalEvaluation(pl.LightningModule):
         if self.folder is None:
             return None
         fed = (self.mean, self.std, self.transform, str(self.feature))
-        settings = digest_of(self.backbone, "retrieval 1", self.recipe, fed, retrieval.checksum())
+        run = ("retrieval 2", str(self.trainer.precision), retrieval.checksum())
+        settings = digest_of(self.backbone, self.recipe, fed, *run)
         return Parts(self.folder / f"rank-{rank()}.jsonl", settings)
 
     def _protocol(self, parts: Mapping[str, Mapping[str, int | float]]) -> str:
         recipe, said = self.recipe, list[str]()
         if "patches" in recipe.tasks:
-            bank = round(1 / parts["patches_chance"]["same_patch_rate"])
-            images = round(1 / parts["patches_chance"]["same_image_rate"])
+            bank = parts["patches_chance"]
             said.append(
-                f"patches of {images} warped val images by {recipe.metric_of('patches')} among the "
-                f"{bank} of the originals, the same patch is that of the same {recipe.same}"
+                f"patches of {bank['images']} warped val images by {recipe.metric_of('patches')} "
+                f"among the {bank['patches']} of the originals, the same patch is that of the same "
+                f"{recipe.same}"
             )
         if found := parts.get("images"):
             where = "train" if recipe.database == "train" else "val without the query"
+            floats = COPIES_HELD * found["database"] * self.feature.width(self.backbone.spec)
+            held = -(-4 * int(floats) // 2**20)
             said.append(
                 f"{found['queries']} val images by {recipe.metric_of('images')} among "
-                f"{found['database']} of {where}"
+                f"{found['database']} of {where}, of which every rank holds at most "
+                f"{held:,} MiB of features at once"
             )
         if found := parts.get("copies"):
             said.append(
@@ -200,5 +207,5 @@ class RetrievalEvaluation(pl.LightningModule):
         return (
             f"retrieval: {'; '.join(said)}; cleaning {recipe.cleaning} fitted on what is searched; "
             f"ties are lost; seed {recipe.seed}; {self.feature.about()} (patches: of the same "
-            f"blocks), {self.transform}"
+            f"blocks), {self.transform}{in_words(self.trainer)}"
         )

@@ -15,9 +15,10 @@ from contramask.data.videos import Video, VideoSet
 from contramask.distributed import rank, world
 from contramask.models.backbone import Backbone
 from contramask.probes.extraction import gather_rows
-from contramask.probes.instances import rates
 from contramask.probes.parts import Parts
 from contramask.probes.track import Clip, TrackRecipe, track
+from contramask.probes.video_scores import summary
+from contramask.training.precision import in_words
 from contramask.types import UserError, fold
 
 DINO = TrackRecipe()
@@ -62,7 +63,7 @@ class TrackEvaluation(pl.LightningModule):
     """J, F and instance matching of a set of videos.
 
     Runs under `Trainer.validate` with `TrackVideos`. A video that is finished is on the disk, and
-    is not tracked again by a later call with the same settings and files.
+    is not tracked again by a later call with the same settings, files and number of ranks.
 
     Attributes:
         result: after the run, `values`, `videos` (video: object: J and F), `instances` (gap:
@@ -119,7 +120,7 @@ class TrackEvaluation(pl.LightningModule):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         for video in found.videos:
             self.size_of(video)
-        self.settings = self._settings(weights)
+        self.weights = weights
         self.result: dict[str, Any] = {}
 
     def size_of(self, video: Video) -> tuple[int, int]:
@@ -127,7 +128,8 @@ class TrackEvaluation(pl.LightningModule):
         return frame_size(video.size, patch=self.backbone.spec.patch, **self.sides)
 
     def on_validation_epoch_start(self) -> None:
-        self._parts = Parts(self.folder / f".parts-{rank()}-of-{world()}.jsonl", self.settings)
+        self._settings = self._checksum()
+        self._parts = Parts(self.folder / f".parts-{rank()}-of-{world()}.jsonl", self._settings)
 
     def validation_step(self, batch: Video | None, batch_idx: int) -> None:
         if batch is None or (batch.name in self._parts.done and self._written(batch)):
@@ -137,8 +139,12 @@ class TrackEvaluation(pl.LightningModule):
         def write(index: int, mask: Tensor) -> None:
             write_mask(self._path(batch, index), mask)
 
-        writes = write if self.masks else None
+        writes, written = write if self.masks else None, self._mark(batch)
+        if self.masks:
+            written.unlink(missing_ok=True)  # a stop on the way leaves masks of two settings
         record = track(self.backbone, clip, self.recipe, batch_size=self.batch_size, write=writes)
+        if self.masks:
+            written.write_text(self._settings, "utf-8")
         self._parts.add(batch.name, record)
 
     def on_validation_epoch_end(self) -> None:
@@ -164,16 +170,27 @@ class TrackEvaluation(pl.LightningModule):
     def _path(self, video: Video, index: int) -> Path:
         return self.folder / video.name / f"{video.frames[index].stem}.png"
 
-    def _written(self, video: Video) -> bool:
-        paths = [self._path(video, index) for index in range(1, len(video.frames))]
-        return not self.masks or all(path.is_file() for path in paths)
+    def _mark(self, video: Video) -> Path:
+        """The file that says which settings the masks of a video are of."""
+        return self.folder / video.name / ".settings"
 
-    def _settings(self, weights: str) -> str:
+    def _written(self, video: Video) -> bool:
+        """Whether no mask is to be written: none is wanted, or all of these settings are there."""
+        paths = [self._path(video, index) for index in range(1, len(video.frames))]
+        mark = self._mark(video)
+        return not self.masks or (
+            mark.is_file()
+            and mark.read_text("utf-8") == self._settings
+            and all(path.is_file() for path in paths)
+        )
+
+    def _checksum(self) -> str:
         """A checksum of all that the numbers hang on."""
         found = self.found.videos
         videos = [(v.name, v.stamp, v.size, sorted(v.categories.items())) for v in found]
         fed = (self.mean.flatten().tolist(), self.std.flatten().tolist(), self.sides)
-        return f"{fold(json.dumps([weights, asdict(self.recipe), fed, videos])):016x}"
+        run = ["track 2", str(self.trainer.precision), self.weights]
+        return f"{fold(json.dumps([*run, asdict(self.recipe), fed, videos])):016x}"
 
     def _protocol(self, values: dict[str, float]) -> str:
         long = self.sides["long_side"]
@@ -189,45 +206,8 @@ class TrackEvaluation(pl.LightningModule):
             f"of {values['videos']} videos ({values['skipped_videos']} skipped, "
             f"{values['unscored_videos']} without a mask to score); instances: "
             f"RoIAlign 7 x 7 of true boxes, {self.recipe.similarity}, gaps of {gaps} frames"
+            f"{in_words(self.trainer)}"
         )
-
-
-def summary(tables: dict[str, Any], skipped: dict[str, str]) -> dict[str, Any]:
-    """What a set of videos comes to.
-
-    Args:
-        tables: of each video what `track` returns.
-        skipped: videos that were left out, and why.
-
-    Returns:
-        `values`; means are over all objects of all videos. `videos`, `instances`, `skipped`.
-    """
-    objects = [scores for table in tables.values() for scores in table["objects"].values()]
-    values: dict[str, float] = {}
-    if objects:
-        for name in objects[0]:
-            mean = sum(scores[name] for scores in objects) / len(objects)
-            key = {"mean": "rate", "recall": "recall_rate", "decay": "decay"}
-            letter, _, what = name.partition("_")
-            values[f"{letter}_{key[what]}"] = mean
-        values["jf_rate"] = (values["j_rate"] + values["f_rate"]) / 2
-    matched: dict[str, dict[str, float]] = {}
-    for table in tables.values():
-        for delta, counts in table["instances"].items():
-            sums = matched.setdefault(delta, dict.fromkeys(counts, 0.0))
-            for name, count in counts.items():
-                sums[name] += count
-    values |= rates(matched)
-    values = {name: round(value, 6) for name, value in values.items()}
-    values |= {
-        "videos": len(tables),
-        "objects": len(objects),
-        "frames": sum(table["scored"] for table in tables.values()),
-        "unscored_videos": sum(not table["scored"] for table in tables.values()),
-        "lost_objects": sum(table["lost"] for table in tables.values()),
-        "skipped_videos": len(skipped),
-    }
-    return {"values": values, "videos": tables, "instances": matched, "skipped": skipped}
 
 
 def _shared(mine: dict[str, Any], device: torch.device) -> dict[str, Any]:
