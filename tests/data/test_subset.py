@@ -99,6 +99,16 @@ def test_the_choice_is_of_names_and_seed_not_of_places():
     assert one != chosen_keys(Subset(fraction=0.3, seed=2), all_)
 
 
+def test_a_name_that_several_samples_share_is_not_guessed(tmp_path):
+    keys = Catalogue(["cat/0001", "cat/0002", "dog/0001", "dog/0002"], np.array([0, 0, 1, 1]))
+    file = tmp_path / "list.txt"
+    file.write_text("cat/0001.png\ndog/0002\n")
+    assert choose(Subset(file=str(file)), keys).tolist() == [True, False, False, True]
+    file.write_text("cat/0001.png\n0002.png\n")
+    with pytest.raises(UserError, match=r"0002.png may be cat/0002 or dog/0002; .*whole keys"):
+        choose(Subset(file=str(file)), keys)
+
+
 def test_a_list_of_names(tmp_path):
     """As SimCLR publishes them: file names, without the folders of ours."""
     all_ = Catalogue(["a/n01_1", "a/n01_2", "b/n02_7", "b/n02_8"], np.array([0, 0, 1, 1]))

@@ -1,6 +1,6 @@
 """Suites of `contramask evaluate`: which probes, on which data, and which numbers are shown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from contramask.cli.recipes import folder
+from contramask.data.sources import expand
 from contramask.types import UserError
 
 FOLDER = "evaluate"
@@ -72,6 +73,28 @@ def load_suite(name: str) -> list[Entry]:
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: a suite has `entries`, NAME: {{verb, needs, options, columns}}")
     return [_entry(path, key, value) for key, value in entries.items()]
+
+
+def identity(data: Sequence[str | Sequence[str]]) -> list[tuple[str, int, int]]:
+    """What data are known by: name, bytes and time of change of every local file.
+
+    An address is known by itself alone: what is changed behind it is not seen.
+
+    Args:
+        data: patterns of shards, or folders.
+    """
+    known: list[tuple[str, int, int]] = []
+    for patterns in data:
+        folder = Path(patterns) if isinstance(patterns, str) else None
+        if folder is not None and folder.is_dir():
+            files = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
+        else:
+            files = expand(patterns, where="evaluate: data")
+        for file in files:
+            local = Path(file.removeprefix("file://"))
+            stat = local.stat() if local.is_file() else None
+            known.append((file, stat.st_size, stat.st_mtime_ns) if stat else (file, -1, -1))
+    return known
 
 
 def names() -> list[str]:

@@ -78,6 +78,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="contramask finetune", description=__doc__)
     add_run(parser)
     parser.add_argument("--run", type=str, required=True, help="a run, an export, official weights")
+    parser.add_argument(
+        "--backbone", type=str | None, help="checksum of the weights to start from; set by itself"
+    )
     parser.add_argument("--preset", type=str | None, help=f"a recipe: {', '.join(presets())}")
     parser.add_argument(
         "--out", type=Path | None, help="the result; default: result.json in the run directory"
@@ -123,7 +126,13 @@ def finetune(parser: Parser, config: Namespace) -> Run:
     source = Source.parse(config.run)
     backbone, sheet = source.load()
     about = {"run": str(source.path), "step": sheet["step"], "net": sheet["net"]}
-    about["backbone"] = digest_of(backbone)
+    about["backbone"] = resolved["backbone"] = digest_of(backbone)
+    if config.backbone not in (None, about["backbone"]):
+        raise UserError(
+            f"{source.path} has other weights now than this configuration was made for (--backbone "
+            f"{config.backbone[:8]}..., found {about['backbone'][:8]}...); give the weights of "
+            "then, or leave --backbone out and start another run"
+        )
     stem = Path(f"finetune-{Path(str(config.config[-1])).stem}")
     run = open_named(config, resolved, stem, OBSERVERS)
     pl.seed_everything(config.seed, workers=False, verbose=False)

@@ -49,10 +49,10 @@ class Watch:
         self.poll, self.patience, self.sleep = poll, patience, sleep
         self._given: set[tuple[str, int]] = set()
         for source in sources:
-            if not (source.path / "config.yaml").is_file():
+            if not _is_pretraining(source.path):
                 raise UserError(
-                    f"--watch: {source.path} is no run directory with a config.yaml; watch a run "
-                    "of `contramask pretrain`"
+                    f"--watch: {source.path} is no run directory with a config.yaml of `contramask "
+                    "pretrain`; watch one"
                 )
 
     def __iter__(self) -> Iterator[Source]:
@@ -117,6 +117,13 @@ def _copy(run: Path, path: Path, folder: Path) -> None:
     data = {key: images[key] for key in ("size", "resize", "mean", "std")}
     found = import_backbone(path, net=config["export"]["net"])
     export_backbone(found.backbone, folder, net=found.net, step=found.step, data=data)
+
+
+def _is_pretraining(run: Path) -> bool:
+    if not (run / "config.yaml").is_file():
+        return False
+    config = _config(run)
+    return isinstance(config, dict) and {"model", "data", "export", "trainer"} <= config.keys()
 
 
 def _config(run: Path) -> Any:

@@ -6,7 +6,6 @@ as any other: a function of (seed, position), with its epochs.
 """
 
 import tarfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from contramask.data.faults import BadSample
 from contramask.data.index_file import Index
 from contramask.data.shards import open_raw
 from contramask.data.storage import Span
-from contramask.data.tarball import BLOCK, IMAGES, Shard, split_name
+from contramask.data.subset_names import by_name
+from contramask.data.tarball import BLOCK, Shard, split_name
 from contramask.errors import UserError
 from contramask.types import fold
 
@@ -37,7 +37,8 @@ class Subset:
             protocols. Of one seed the smaller part lies in the larger.
         per_class: so many of each class.
         file: a text file with the key of a sample in each line, such as SimCLR's lists of ImageNet
-            (arXiv:2002.05709); suffixes of images and folders need not agree.
+            (arXiv:2002.05709); suffixes of images need not agree, and folders only where several
+            samples share a name.
         seed: of the choice. What is chosen depends on it and on the keys, not on how samples lie
             in shards.
     """
@@ -105,7 +106,7 @@ def choose(subset: Subset, known: Catalogue) -> Bool[ndarray, " samples"]:
     if subset.whole:
         return np.ones(len(known.keys), dtype=bool)
     if subset.file is not None:
-        chosen = _by_name(subset.file, known.keys)
+        chosen = by_name(subset.file, known.keys)
     else:
         chosen = _stratified(subset, known)
     present = np.unique(known.labels[known.labels >= 0])
@@ -159,30 +160,6 @@ def _stratified(subset: Subset, known: Catalogue) -> Bool[ndarray, " samples"]:
         order = sorted(of_class, key=lambda i: fold(subset.seed, "subset", known.keys[i]))
         chosen[order[:count]] = True
     return chosen
-
-
-def _by_name(file: str, keys: Sequence[str]) -> Bool[ndarray, " samples"]:
-    try:
-        lines = Path(file).read_text("utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--subset_file {file} cannot be read: {error}") from error
-    wanted = {_plain(line): line for line in lines}
-    own = [_plain(key) for key in keys]
-    lost = [wanted[name] for name in wanted.keys() - set(own)]
-    if lost or not wanted:
-        first = f", first {', '.join(sorted(lost)[:_NAMED])}" if lost else ""
-        raise UserError(
-            f"--subset_file {file}: {len(lost)} of {len(wanted)} names are no sample of "
-            f"data.train{first}; a line is the key of a sample, as {keys[0]!r} here"
-        )
-    return np.array([name in wanted for name in own])
-
-
-def _plain(name: str) -> str:
-    """`n01440764/n01440764_10043.JPEG` -> `n01440764_10043`."""
-    last = name.rsplit("/", 1)[-1]
-    stem, _, suffix = last.rpartition(".")
-    return stem if stem and suffix.lower() in IMAGES else last
 
 
 def _listed(shard: Shard) -> tuple[list[str], ndarray]:

@@ -118,7 +118,7 @@ class Clocked(pl.LightningModule):
     def due(self, index: int) -> bool:
         """Whether the numbers of update `index` (from 0) are shown."""
         every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        return (index + 1) % every == 0
+        return bool(every) and (index + 1) % every == 0
 
     def _report(self) -> None:
         shown = self.ledger.close(self.device)
