@@ -1,10 +1,16 @@
 """`contramask probe patches` on real road scenes and on scenes in which colour is class."""
 
 import json
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from contramask.checkpoints.export import export_backbone
 from contramask.cli import probe_patches
@@ -96,6 +102,71 @@ def test_a_stopped_run_goes_on_with_the_sources_that_are_left(net, patterns, tmp
     limit = 9
     assert run(net, out, *options) == whole
     assert read == [("last",), ("block_00",)]
+
+
+def test_parts_of_other_settings_are_not_reused(net, patterns, tmp_path, monkeypatch):
+    """What is kept is made a result that nothing measures: it is shown, or measured anew."""
+    options = [*data_options(patterns), "--classes", "4", "--ignore", str(VOID), *FEW]
+    options += ["--linear", "[]", "--metrics", "[l2]", "--cleanings", "[raw]"]
+    out, kept = tmp_path / "found.json", tmp_path / ".found.parts.jsonl"
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # as after a stop at the very end
+    run(net, out, *options)
+    marked = kept.read_text().replace('"images": 5', '"images": 77')
+
+    def images(*changes: str) -> int:
+        kept.write_text(marked)
+        return run(net, out, *options, *changes)["values"]["images"]
+
+    assert images() == images("--together", "1") == images("--pictures", "1") == 77
+    assert images("--trainer.precision", "bf16-mixed") == 5
+    assert images("--trainer.limit_val_batches", "2") == 4
+    assert images("--norm", "none") == images("--recipe.epochs", "4") == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(probe_patches, "FORMAT", "patches of tomorrow")
+        assert images() == 5
+    (tmp_path / "classes.json").write_text('["road", "tree", "sky", "car"]')
+    assert images() == 5
+    (tmp_path / "classes.json").rename(tmp_path / "gone.json")
+    assert images() == 77
+    shard(tmp_path / "val-000000.tar", range(30, 35))
+    assert images() == 5
+
+
+def on_a_rank(index: int, port: int, net: str, folder: str, options: list[str]) -> None:
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {k: str(v) for k, v in place.items()}
+    # As torchrun would: Lightning then starts no processes of its own.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    main(["patches", net, *options, *two, "--out", f"{folder}/{index}/found.json"])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_first_rank_knows_what_is_done(net, patterns, tmp_path, monkeypatch):
+    """Each rank on a disk of its own: the first has one of two sources, the second nothing."""
+    options = [*data_options(patterns), "--classes", "4", "--ignore", str(VOID), *FEW]
+    options += ["--sources", "[last, block_00]", "--together", "1"]
+    whole = run(net, tmp_path / "0" / "found.json", *options)
+    finish = probe_patches.finish
+    monkeypatch.setattr(probe_patches, "finish", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        run(net, tmp_path / "0" / "found.json", *options)
+    monkeypatch.setattr(probe_patches, "finish", finish)
+    kept = tmp_path / "0" / ".found.parts.jsonl"
+    settings, first, _ = kept.read_text().splitlines(keepends=True)
+    kept.write_text(settings + first)
+    (tmp_path / "0" / "found.json").unlink()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    arguments = (port, net, str(tmp_path), options)
+    mp.start_processes(on_a_rank, arguments, nprocs=2, start_method="fork")
+    assert json.loads((tmp_path / "0" / "found.json").read_text()) == whole
+    assert not kept.exists()
+    assert not (tmp_path / "1").exists()  # the second rank writes nothing
 
 
 def test_faults_and_missing_classes_are_told(net, patterns, tmp_path):

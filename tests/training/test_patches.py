@@ -12,7 +12,8 @@ from sklearn.metrics import jaccard_score
 from contramask.data.dense import Dense
 from contramask.probes.features import frozen, patch_features
 from contramask.probes.linear import LinearRecipe
-from contramask.probes.patches import PatchRecipe
+from contramask.probes.patches import PatchRecipe, SourceProbe
+from contramask.training import patches
 from contramask.training.patches import PatchEvaluation
 from contramask.types import Spec, UserError
 from tests.builders import tiny_vit
@@ -138,6 +139,38 @@ def test_two_ranks_count_what_one_counts(patterns, tmp_path, val_images):
     for name in pictures[0]:
         one, two = (np.array(Image.open(tmp_path / n / name)) for n in ("1", "2"))
         assert np.array_equal(one, two)
+
+
+def test_under_autocast_features_are_coarse_and_probes_are_not(patterns, monkeypatch):
+    """Heads as they are trained and score outside of it, on the features that it gave."""
+    made, asked = [], []
+
+    class Seen(SourceProbe):
+        def __init__(self, x, y, image, **options):
+            super().__init__(x, y, image, **options)
+            made.append((self, x.clone(), y, image))
+
+        def predict(self, x):
+            found = super().predict(x)
+            asked.append((x, found))
+            return found
+
+    monkeypatch.setattr(patches, "SourceProbe", Seen)
+    recipe = replace(RECIPE, metrics=("dot",), cleanings=("pca",), linear=("pca", "raw"))
+    module = PatchEvaluation(vit(), DENSE, recipe=recipe)
+    found = evaluated(module, data_of(patterns), precision="bf16-mixed")
+    assert found["protocol"].endswith(", precision bf16-mixed")
+    ((probe, x, y, image),) = made
+    again = SourceProbe(x, y, image, classes=CLASSES, recipe=recipe)
+    for word, head in again.heads.items():
+        assert torch.equal(probe.heads[word].weight, head.weight)
+    assert len(asked) == 2
+    for rows, predicted in asked:
+        expected = again.predict(rows)
+        assert all(torch.equal(predicted[cell], expected[cell]) for cell in expected)
+    exact = PatchEvaluation(vit(), DENSE, recipe=recipe)
+    assert "precision" not in evaluated(exact, data_of(patterns))["protocol"]
+    assert not torch.equal(made[1][1], x)  # the features themselves are of bfloat16
 
 
 def test_classes_that_a_split_lacks_are_told(tmp_path, patterns):

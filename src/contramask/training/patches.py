@@ -18,6 +18,7 @@ from contramask.probes.features import Feature, Norm, patch_feature_set
 from contramask.probes.patches import Cell, PatchRecipe, PatchRows, SourceProbe
 from contramask.training.clean_loaders import check_loaders
 from contramask.training.patch_protocol import protocol
+from contramask.training.precision import in_words
 from contramask.types import UserError
 
 DEFAULT = PatchRecipe()
@@ -107,7 +108,9 @@ class PatchEvaluation(pl.LightningModule):
             image = image.repeat_interleave(counts)
             self._rows.add(features, batch["labels"], image, images=len(counts))
             return
-        self._score(batch, features)
+        # Whichever rank makes the probes, in whatever hook: they are of float32 under autocast too.
+        with torch.autocast(self.device.type, enabled=False):
+            self._score(batch, features)
 
     def on_validation_epoch_end(self) -> None:
         probes = self._fitted()  # also on a rank that has no image of val
@@ -135,7 +138,8 @@ class PatchEvaluation(pl.LightningModule):
                 split: [n for n, gone in zip(self.names, a.tolist(), strict=True) if gone]
                 for split, a in absent.items()
             },
-            "protocol": protocol(self.dense, self.recipe, probes[0], self.norm, values),
+            "protocol": protocol(self.dense, self.recipe, probes[0], self.norm, values)
+            + in_words(self.trainer),
         }
         del self._rows, self._probes, self._confused
         self.log_dict({f"patches/{n}": float(v) for n, v in values.items()}, sync_dist=True)
