@@ -256,6 +256,24 @@ def test_a_recipe_may_name_its_preset(run, data, tmp_path):
     assert parser.parse_args(["-c", str(file), *data]).preset == "mae_vit_b16"
 
 
+def test_other_weights_are_another_run(command, run, tmp_path):
+    """A newer export behind the same path neither goes on with the old one nor takes its number."""
+    moving = tmp_path / "moving"
+    export_backbone(load_backbone(run)[0], moving, net="student", step=9, data=FED)
+    command = [str(moving), *command[1:], "--trainer.max_steps", "1"]
+    main(command)
+    before = (tmp_path / "tuned" / "result.json").read_text()
+    other = tiny_vit(img_size=SIDE, positions="sincos")
+    torch.nn.init.ones_(other.vit.cls_token)
+    export_backbone(other, moving, net="student", step=900, data=FED)
+    with pytest.raises(UserError, match=r"backbone: "):
+        main(command)
+    assert (tmp_path / "tuned" / "result.json").read_text() == before
+    # The configuration of the run insists on the weights of then.
+    with pytest.raises(UserError, match="has other weights now"):
+        main(["-c", str(tmp_path / "tuned" / "config.yaml"), "--name", "again"])
+
+
 def test_another_subset_is_another_run(command):
     main([*command, "--per_class", "2"])
     with pytest.raises(UserError, match=r"belongs to another configuration: per_class: 2 -> 1"):

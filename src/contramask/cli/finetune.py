@@ -8,7 +8,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from rich.console import Console
 
 from contramask.callbacks.analysis import AnalysisCallback
 from contramask.callbacks.preemption import keep_lightning_off_signals
@@ -25,7 +24,7 @@ from contramask.cli.probing import (
     write_result,
 )
 from contramask.cli.quiet import settle
-from contramask.cli.recipes import folder
+from contramask.cli.recipes import folder, recipes
 from contramask.cli.running import add_run, add_trainer, make_trainer, open_named
 from contramask.data.index import classes_of
 from contramask.data.subset import Subset
@@ -47,7 +46,7 @@ LOOKS = 10  # at the drift in a whole training, unless --drift_every says otherw
 def main(argv: Sequence[str]) -> None:
     """Parse, open the run directory, train, score, export."""
     if "--list" in argv:
-        Console().print("\n".join(presets()), highlight=False)
+        recipes("finetune")
         return
     settle()
     parser, given = build_parser(), positional(argv)

@@ -17,13 +17,13 @@ def folder() -> Path:
     raise UserError(f"no configs beside {package}: install contramask again")
 
 
-def recipes() -> None:
-    """Print every pretraining recipe with the first line of its header."""
+def recipes(kind: str = "pretrain") -> None:
+    """Print every recipe of a kind, a folder of `configs`, with the first line of its header."""
     table = Table(box=None, pad_edge=False)
     table.add_column("configuration", no_wrap=True)
     table.add_column("what it is")
     place = folder()
-    for file in sorted((place / "pretrain").glob("*.yaml")):
+    for file in sorted((place / kind).glob("*.yaml")):
         first = file.read_text("utf-8").splitlines()[0].lstrip("# ")
         table.add_row(str(Path("configs") / file.relative_to(place)), first)
     Console().print(table)
