@@ -158,6 +158,29 @@ def test_a_stopped_probe_goes_on_and_ends_as_if_it_had_not_stopped(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.json", "whole.json"]
 
 
+@pytest.mark.parametrize("other", [["--data.batch_size", "64"], ["--images.mean", "[0.1,0.2,0.3]"]])
+def test_with_another_batch_or_other_images_it_begins_anew(run, data, tmp_path, monkeypatch, other):
+    out = ["--out", str(tmp_path / "x.json")]
+    start = [str(run), "--preset", "mocov3", *data, *QUICK, "--every", "2", *out]
+    steps = []
+
+    class Stop(probe_linear_augmented.Told):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            steps.append((trainer.global_step, trainer.max_steps))
+            if len(steps) == 2:
+                raise Stopped
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                raise Stopped
+
+    monkeypatch.setattr(probe_linear_augmented, "Told", Stop)
+    for more in ([], other):
+        with pytest.raises(Stopped):
+            main([*start, *more])
+    assert [first for first, _ in steps] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

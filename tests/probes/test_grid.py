@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from contramask.data.subset import Catalogue, Subset, choose
 from contramask.probes import grid_rows
 from contramask.probes.features import Feature
 from contramask.probes.grid import LinearGrid
 from contramask.probes.grid_cells import Axes, missing_classes
-from contramask.probes.grid_heads import Heads
+from contramask.probes.grid_heads import Heads, drawn
 from contramask.probes.grid_rows import Share
 from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.probes.store import Bank, StoredFeatures, StoredRows
@@ -78,7 +79,7 @@ def test_cells_of_a_grid_do_not_touch_each_other():
     grid = fitted(train, Axes((A, B), ("none", "batch", "layer"), shares, RECIPE))
     assert len(grid.cells) == 2 * 3 * 3
     for cell, heads in zip(grid.cells, grid.heads, strict=True):
-        rows = cell.share.of(train.y, RECIPE.seed)
+        rows = cell.share.of(train.y, train.keys, RECIPE.seed)
         part = Bank({f: x[rows] for f, x in train.x.items()}, train.y[rows], [""] * len(rows))
         alone = fitted(part, Axes((cell.feature,), (cell.norm,), recipe=RECIPE))
         assert cell.rows == len(rows)
@@ -154,22 +155,42 @@ def test_held_out_rows_do_not_train_what_is_chosen():
 def test_shares_are_stratified_and_nested(counts, fractions, seed):
     y = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)]).long()
     y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(5))]
-    small, large = (set(Share(f).of(y, seed).tolist()) for f in sorted(fractions)) if len(y) else (
-        set(), set())  # fmt: skip
+    keys = [f"image{i}" for i in range(len(y))]
+    small, large = (set(Share(f).of(y, keys, seed).tolist()) for f in sorted(fractions))
     assert small <= large
     for label, count in enumerate(counts):
         taken = sum(int(y[i]) == label for i in large)
         exact = count * max(fractions)
         assert abs(taken - exact) <= 0.5 + 1e-9 or (taken == 1 and count)
-        if max(fractions) < 1:
-            few = Share(per_class=3).of(y, seed) if len(y) else torch.empty(0).long()
-            assert sum(int(y[i]) == label for i in few) == min(3, count)
+    fewest = min(filter(None, counts), default=0)
+    if fewest:
+        few = Share(per_class=fewest).of(y, keys, seed)
+        assert y[few].bincount(minlength=len(counts)).tolist() == [fewest * (n > 0) for n in counts]
 
 
 def test_another_seed_takes_other_rows():
-    y = bank().y
-    assert not torch.equal(Share(0.3).of(y, 0), Share(0.3).of(y, 1))
-    assert torch.equal(Share(0.3).of(y, 0), Share(0.3).of(y, 0))
+    y, keys = bank().y, bank().keys
+    assert not torch.equal(Share(0.3).of(y, keys, 0), Share(0.3).of(y, keys, 1))
+    assert torch.equal(Share(0.3).of(y, keys, 0), Share(0.3).of(y, keys, 0))
+
+
+@pytest.mark.parametrize("part", [{"fraction": 0.3}, {"fraction": 0.05}, {"per_class": 4}])
+def test_the_images_of_a_share_are_those_of_fine_tuning(part: dict):
+    """Wherever they lie in the shards."""
+    train = bank(400)
+    chosen = choose(Subset(**part, seed=2), Catalogue(train.keys, train.y.numpy()))
+    rows = Share(**part).of(train.y, train.keys, 2)
+    assert rows.tolist() == chosen.nonzero()[0].tolist()
+    back = Share(**part).of(train.y.flip(0), train.keys[::-1], 2)
+    assert {train.keys[::-1][i] for i in back.tolist()} == {train.keys[i] for i in rows.tolist()}
+
+
+def test_a_class_of_too_few_images_is_named():
+    train = Bank(
+        {A: torch.randn(9, 5)}, torch.tensor([0] * 6 + [2] * 3), [f"{i}" for i in range(9)]
+    )
+    with pytest.raises(UserError, match="4 labels per class are wanted, class 2 has 3 images of"):
+        fitted(train, Axes((A,), shares=(Share(per_class=4),), recipe=RECIPE))
 
 
 def test_classes_that_selection_cannot_train_are_told():
@@ -198,6 +219,30 @@ def test_an_input_that_diverges_is_left_out_and_told():
     assert any("every rate diverged on last4/mean/none, norm none, 100%" in n for n in grid.notes)
     with pytest.raises(UserError, match=r"every learning rate of .* diverged; check that"):
         fitted(train, Axes((B,), ("none",), recipe=RECIPE))
+
+
+def test_a_rate_that_nothing_was_chosen_for_may_diverge_too():
+    """One cell of one rate has no held-out rows; its weights say it."""
+    recipe = replace(RECIPE, rates=(3e38,))
+    with pytest.raises(UserError, match=r"every learning rate of \[3e\+38\] diverged; check that"):
+        fitted(bank(), Axes((A,), ("none",), recipe=recipe))
+
+
+def test_a_chosen_head_that_diverges_on_all_rows_has_no_number():
+    """The sweep learns nothing from the held-out row that spoils it."""
+    shares, train = (Share(), Share(0.5)), bank()
+    order = torch.randperm(N, generator=drawn(RECIPE, "split")).tolist()
+    half = shares[1].of(train.y, train.keys, RECIPE.seed).tolist()
+    row = next(i for i in order[: round(N * RECIPE.holdout)] if i not in half)
+    train.x[B][row] = 1e30  # its scores are finite, those of the head that it trains are not
+    grid = LinearGrid(Axes((A, B), ("none",), shares, RECIPE), C)
+    grid.fit(train)
+    grid.score(bank(31, seed=1))
+    found = [(cell.feature, cell.share) for cell in grid.cells]
+    assert found == [(A, shares[0]), (A, shares[1]), (B, shares[1])]
+    assert [h.weight.shape[0] for h in grid.heads] == [WIDTH[f] for f, _ in found]
+    assert all(cell.top1 is not None for cell in grid.cells)
+    assert any("diverged on last4/mean/none, norm none, 100%, when it was" in n for n in grid.notes)
 
 
 def test_an_edge_of_the_rates_is_told():

@@ -293,6 +293,12 @@ def test_features_that_are_not_finite_are_named():
         probe.fit(x.where(x < 2, torch.nan), y)
 
 
+def test_a_single_rate_that_diverges_is_named():
+    x, y = rows()
+    with pytest.raises(UserError, match=r"every learning rate of \[3e\+38\] diverged"):
+        LinearProbe(F, C, recipe=replace(PLAIN, rates=(3e38,), epochs=5)).fit(100 * x, y)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -230,8 +230,55 @@ def test_a_stopped_probe_goes_on_bitwise(recipe: LinearRecipe, tmp_path):
         results.append(one.result)
     assert results[0] == results[1]
     other = module(replace(recipe, momentum=0.5), features)
-    with pytest.raises(UserError, match="of another backbone, recipe, feature or number"):
+    with pytest.raises(UserError, match="of another backbone, recipe, feature, precision"):
         coach().fit(other, datamodule=Toys(), ckpt_path=str(newest(tmp_path)), weights_only=True)
+
+
+def test_settings_are_all_that_the_heads_hang_on():
+    """But for how a batch is spread."""
+
+    class Other(TinyBackbone):
+        def __init__(self):
+            super().__init__()
+            self.config = {"heads": 2}
+
+    def settings(batch: int = 10, backbone: Any = None, images: str = "", **options: Any) -> str:
+        found = LinearAugmented(
+            backbone or TinyBackbone(), recipe=ONE, features=TWO[:1], classes=CLASSES,
+            samples=SAMPLES, batch_size=batch, images=images,
+        )  # fmt: skip
+        return found.settings(coach(**options))
+
+    found = [
+        settings(),
+        settings(5),
+        settings(images="bicubic"),
+        settings(backbone=Other()),
+        settings(precision="bf16-mixed"),
+        settings(accumulate_grad_batches=2),
+    ]
+    assert len(set(found)) == len(found)
+    assert found[0] == settings(5, accumulate_grad_batches=2)
+    assert found[0] == settings(5, devices=2, strategy="ddp_fork")
+
+
+def test_a_checkpoint_of_another_batch_is_refused(tmp_path):
+    saving = {"enable_checkpointing": True}
+    with pytest.raises(Stopped):
+        coach(callbacks=[Checkpoints(tmp_path, every=3), Stop(4)], **saving).fit(
+            module(), datamodule=Toys(choose=False)
+        )
+    with pytest.raises(UserError, match="batch over all ranks"):
+        coach().fit(
+            module(batch=5), datamodule=Toys(5, choose=False), ckpt_path=str(newest(tmp_path)),
+            weights_only=True,
+        )  # fmt: skip
+
+
+def test_a_single_head_that_diverged_is_no_number():
+    found = learned(replace(ONE, rates=(3e38,), weight_decay=1e9))
+    with pytest.raises(UserError, match="all 1 heads diverged; check"):
+        coach().test(found, datamodule=Toys(choose=False), verbose=False)
 
 
 def test_a_finished_probe_does_not_train_again(tmp_path):

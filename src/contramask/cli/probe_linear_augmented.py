@@ -6,7 +6,7 @@ A stopped probe goes on where it was when the same command is given again.
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,13 @@ def main(argv: Sequence[str]) -> None:
         samples=images.samples,
         batch_size=parts.data.batch_size,
         digest=opened.about["backbone"],
+        images=repr((asdict(parts.data.images), images.views, images.clean)),
     )
     out = config.out or opened.folder / f"linear-{name}.json"
-    folder = out.parent / f".{out.stem}-{module.settings[:12]}"
-    trainer = _trainer(parts.trainer.as_dict(), folder, every=config.every)
+    checkpoints = Checkpoints(every=config.every, keep=0)
+    trainer = _trainer(parts.trainer.as_dict(), checkpoints)
+    folder = out.parent / f".{out.stem}-{module.settings(trainer)[:12]}"
+    checkpoints.folder = folder / "checkpoints"
     _fit(trainer, module, images, folder)
     trainer.test(module, datamodule=images, verbose=False)
     if trainer.is_global_zero:
@@ -179,10 +182,9 @@ def _check_length(trainer: dict[str, Any]) -> None:
             )
 
 
-def _trainer(arguments: dict[str, Any], folder: Path, *, every: int) -> pl.Trainer:
+def _trainer(arguments: dict[str, Any], checkpoints: Checkpoints) -> pl.Trainer:
     settle()
     arguments = {k: v for k, v in arguments.items() if k not in _OURS}
-    checkpoints = Checkpoints(folder / "checkpoints", every=every, keep=0)
     arguments["callbacks"] = [Told(), checkpoints, Preemption(again="the same command")]
     arguments["plugins"] = [*(arguments["plugins"] or []), *environment_plugins()]
     quiet = {"logger": False, "enable_model_summary": False, "max_epochs": -1}

@@ -19,6 +19,7 @@ from contramask.probes.features import Feature
 from contramask.probes.grid_cells import Axes, Cell, Input
 from contramask.probes.grid_heads import Heads, drawn
 from contramask.probes.grid_rows import Share, resident
+from contramask.probes.linear_recipe import diverged
 from contramask.probes.store import Bank, StoredRows
 from contramask.types import UserError
 
@@ -47,15 +48,19 @@ class LinearGrid:
         """Train all shares. A pure function of the rows and the axes.
 
         Raises:
-            UserError: labels out of range, fewer than four rows, or every head diverges.
+            UserError: labels out of range, fewer than four rows or than a share wants of each
+                class, or every head diverges; where
+                some do, their cells are left out, which a note tells.
         """
         train.check("train", self.classes)
         x = resident(train.x, self.axes.features, self.device)
         y = train.y.to(self.device)
         self.cells, self.heads, self.notes = [], [], []
         for share in self.axes.shares:
-            rows = share.of(train.y, self.axes.recipe.seed)
+            rows = share.of(train.y, train.keys, self.axes.recipe.seed)
             self._fit_share(share, rows, x, y, progress or (lambda *_: None))
+        if not self.cells:
+            raise diverged(self.axes.recipe.rates)
         if edges := sum(cell.edge for cell in self.cells):
             self._note(
                 f"{edges} of {len(self.cells)} cells chose the smallest or largest rate; the best "
@@ -106,9 +111,19 @@ class LinearGrid:
             heads = self._train(sweep, order[held:], x, y, f"{share}: rates", progress)
             found = self._choose(share, heads, order[:held], x, y)
         rates = {i: (rate,) for i, (_, rate, _) in found.items()}
-        self.heads += self._train(rates, rows, x, y, f"{share}: chosen", progress).values()
+        trained = self._train(rates, rows, x, y, f"{share}: chosen", progress)
+        # One number of a head that is not finite spoils the loss of all rows.
+        tallied = self._tallied(trained, rows[: recipe.batch], x, y)
         ends = (min(recipe.rates), max(recipe.rates)) if len(recipe.rates) > 1 else ()
-        for (feature, norm), (sweep, rate, loss) in found.items():
+        for (feature, norm), heads in trained.items():
+            sweep, rate, loss = found[feature, norm]
+            if tallied[feature, norm][0] < 0:
+                self._note(
+                    f"left out: rate {rate:g} diverged on {feature}, norm {norm}, {share}, when "
+                    "it was trained on all rows"
+                )
+                continue
+            self.heads.append(heads)
             self.cells.append(
                 Cell(feature, norm, share, len(rows), rate, rate in ends, sweep, loss)
             )
@@ -132,7 +147,7 @@ class LinearGrid:
             (f, n): Heads(x[f].shape[1], self.classes, some, norm=n, **shared)
             for (f, n), some in rates.items()
         }
-        for epoch in range(recipe.epochs):
+        for epoch in range(recipe.epochs if heads else 0):
             mixed = torch.randperm(len(rows), generator=drawn(recipe, "order", epoch))
             for number, part in enumerate(rows[mixed][: each * batch].split(batch), 1):
                 read, labels = self._read(x, part), y[part.to(y.device)]
@@ -159,11 +174,6 @@ class LinearGrid:
             else:
                 feature, norm = place
                 self._note(f"left out: every rate diverged on {feature}, norm {norm}, {share}")
-        if not kept:
-            raise UserError(
-                f"linear probe: every learning rate of {list(recipe.rates)} diverged; check that "
-                "the features are finite, or set smaller rates in the recipe of the probe"
-            )
         return kept
 
     def _tallied(

@@ -20,9 +20,12 @@ MEMORY = 8 << 30
 class Share:
     """How many of the labels of train are used; of each class the same part, so classes stay even.
 
+    The images are those of `contramask.data.subset` for the same seed, so a probe and a fine-tuning
+    of 1 % of the labels have the same images: both take the first of one order of their names.
+
     Attributes:
         fraction: of the rows of each class, rounded, at least one (SimCLR: 0.01 and 0.1).
-        per_class: or so many rows of each class, as far as there are.
+        per_class: or so many rows of each class.
 
     Raises:
         UserError: for no share at all.
@@ -48,18 +51,30 @@ class Share:
             return f"{self.per_class} per class"
         return f"{100 * self.fraction:g}%"
 
-    def of(self, y: Int[Tensor, " N"], seed: int) -> Int[Tensor, " n"]:
-        """The rows, in rising order; those of a smaller share are among those of a larger one."""
+    def of(self, y: Int[Tensor, " N"], keys: list[str], seed: int) -> Int[Tensor, " n"]:
+        """The rows, in rising order; those of a smaller share are among those of a larger one.
+
+        Args:
+            y: labels.
+            keys: the samples' names.
+            seed: of the choice.
+
+        Raises:
+            UserError: a class has fewer rows than `per_class`.
+        """
         if self.per_class is None and self.fraction == 1:
             return torch.arange(len(y))
-        kept = []
+        kept: list[int] = []
         for label in y.unique().tolist():
-            rows = (y == label).nonzero()[:, 0]
-            generator = torch.Generator().manual_seed(fold(seed, "share", label))
-            mixed = rows[torch.randperm(len(rows), generator=generator)]
+            rows = (y == label).nonzero()[:, 0].tolist()
             count = self.per_class or max(1, math.floor(len(rows) * self.fraction + 0.5))
-            kept.append(mixed[:count])
-        return torch.cat(kept).sort().values
+            if count > len(rows):
+                raise UserError(
+                    f"linear probe: {count} labels per class are wanted, class {label} has "
+                    f"{len(rows)} images of train; set --per_class to at most that"
+                )
+            kept += sorted(rows, key=lambda row: fold(seed, "subset", keys[row]))[:count]
+        return torch.tensor(kept, dtype=torch.long).sort().values
 
 
 def resident(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contramask.probes.linear_recipe import LinearRecipe as LinearRecipe
-from contramask.probes.linear_recipe import Mover
+from contramask.probes.linear_recipe import Mover, diverged
 from contramask.probes.probe import Probe
 from contramask.types import UserError, fold
 
@@ -134,7 +134,8 @@ class LinearProbe(Probe):
         A pure function of the rows and the recipe: no global random number is drawn.
 
         Raises:
-            UserError: for fewer than four rows, or if every rate diverges.
+            UserError: for fewer than four rows, or if every rate diverges, or the chosen one does
+                once it is trained on all rows.
         """
         if len(x) < 4:
             raise UserError(f"linear probe: {len(x)} labelled images; give at least 4 to train on")
@@ -148,6 +149,9 @@ class LinearProbe(Probe):
             best = self._choose(x, y, order[:held])
         self._start((best,), dim, classes)
         self._train(x, y, torch.arange(len(x)))
+        few = slice(self.recipe.batch)  # one number that is not finite spoils the loss of all rows
+        if not self.tally(x[few], y[few])[1].isfinite().all():
+            raise diverged(self.rates)
         self.rows = len(x)
 
     @property
@@ -223,10 +227,7 @@ class LinearProbe(Probe):
         accuracy = (right / len(rows)).where(loss.isfinite(), -1.0).tolist()
         self.sweep = dict(zip(self.rates, accuracy, strict=True))
         if max(accuracy) < 0:
-            raise UserError(
-                f"linear probe: every learning rate of {list(self.rates)} diverged; check that "
-                "the features are finite, or set smaller rates in the recipe of the probe"
-            )
+            raise diverged(self.rates)
         # Of equally accurate heads, the one of smaller loss.
         ranked = zip(accuracy, (-loss).tolist(), self.rates, strict=True)
         return max(row for row in ranked if row[0] >= 0)[2]

@@ -1,5 +1,6 @@
 """How a linear probe is trained: the numbers, and the update that they describe."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,14 @@ class LinearRecipe:
         """The words of a protocol for how the rate moves."""
         once = " once an epoch" if self.per_epoch else ""
         return f"cosine{once} with warm-up {self.warmup:g}"
+
+
+def diverged(rates: Sequence[float]) -> UserError:
+    """What is raised where no head of these rates is of finite numbers."""
+    return UserError(
+        f"linear probe: every learning rate of {list(rates)} diverged; check that the features are "
+        "finite, or set smaller rates in the recipe of the probe"
+    )
 
 
 class Mover:

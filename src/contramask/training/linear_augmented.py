@@ -28,7 +28,7 @@ class LinearAugmented(pl.LightningModule):
 
     Rows of all ranks are brought together before the heads learn, so every rank holds the same
     heads. A checkpoint holds the heads and what their optimiser gathered, not the backbone; it
-    goes on bitwise.
+    goes on bitwise, and only where all that the heads hang on is the same, see `settings`.
 
     Attributes:
         probes: the heads of each feature.
@@ -47,6 +47,7 @@ class LinearAugmented(pl.LightningModule):
         samples: int,
         batch_size: int,
         digest: str = "",
+        images: str = "",
     ):
         """Heads at their start.
 
@@ -59,6 +60,7 @@ class LinearAugmented(pl.LightningModule):
             samples: images of train.
             batch_size: images of a micro-batch on one rank.
             digest: a checksum of the backbone, by which a checkpoint is known.
+            images: how they become views, in words; a checkpoint is known by it too.
         """
         super().__init__()
         self.backbone = backbone.requires_grad_(requires_grad=False).eval()
@@ -74,8 +76,8 @@ class LinearAugmented(pl.LightningModule):
         everything = (*self.named_parameters(), *self.named_buffers())
         self._ddp_params_and_buffers_to_ignore = [n for n, _ in everything if n != "clock"]
         self.strict_loading = False
-        about = (digest, recipe, self.features, classes, samples)
-        self.settings = f"{fold(*map(repr, about)):016x}"
+        network = (digest, backbone.spec, sorted(backbone.config.items()))
+        self._about = (network, images, recipe, self.features, classes, samples)
         self.global_batch = self.steps = self.idle = 0
         self._rows: list[list[Tensor]] = [[] for _ in self.features]
         self._labels: list[Tensor] = []
@@ -91,10 +93,18 @@ class LinearAugmented(pl.LightningModule):
         """The heads of each feature, with their type."""
         return [p for p in self.probes if isinstance(p, LinearProbe)]
 
+    def settings(self, trainer: pl.Trainer) -> str:
+        """A checksum of all that heads trained by it hang on, but for the shards."""
+        about = (*self._about, self._batch_of(trainer), trainer.precision)
+        return f"{fold(*map(repr, about)):016x}"
+
+    def _batch_of(self, trainer: pl.Trainer) -> int:
+        """Images of a step, over all ranks."""
+        return self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
     def setup(self, stage: str) -> None:
         trainer = self.trainer
-        window: int = trainer.accumulate_grad_batches
-        self.global_batch = self.batch_size * trainer.world_size * window
+        self.global_batch = self._batch_of(trainer)
         self.steps = self.recipe.epochs * self.samples // self.global_batch
         if self.steps < 1:
             raise UserError(
@@ -173,7 +183,7 @@ class LinearAugmented(pl.LightningModule):
         }
         first = self.heads[0]  # all have made the same steps
         checkpoint["linear"] = {
-            "settings": self.settings,
+            "settings": self.settings(self.trainer),
             "step": first.step,
             "updates": first.updates,
             "idle": self.idle,
@@ -181,10 +191,11 @@ class LinearAugmented(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         known: dict[str, Any] = checkpoint.get("linear", {})
-        if known.get("settings") != self.settings:
+        if known.get("settings") != self.settings(self.trainer):
             raise UserError(
-                "linear probe: the checkpoint is of another backbone, recipe, feature or number of "
-                "images; put these back, or begin anew in another folder"
+                "linear probe: the checkpoint is of another backbone, recipe, feature, precision, "
+                "batch over all ranks or other images; put these back, or begin anew in another "
+                "folder"
             )
         self.idle = known["idle"]
         for probe in self.heads:
@@ -207,7 +218,7 @@ class LinearAugmented(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         *held, val = [scores.table(self.device) for scores in self._scores]
         del self._scores
-        best = held[0].best() if held else 0
+        best = [*held, val][0].best()  # of a single head val tells whether it diverged
         rates = self.recipe.rates
         named = [(f, rate) for f in self.features for rate in rates]
         top1, top5 = val.accuracy(best)
