@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from contramask.checkpoints.export import export_backbone
+from contramask.cli import probe_robustness
 from contramask.cli.probe import main
+from contramask.data.procedural import write_shards
 from contramask.models.vit import VisionTransformer
 from contramask.types import UserError
+from tests.training.test_robustness import write_cues
 
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:.isinstance\(treespec, LeafSpec\):FutureWarning",
@@ -48,7 +51,7 @@ def _own_log():
 
 
 def probe(run: Path, *options: object) -> None:
-    main(["robustness", str(run), *map(str, options), *QUIET])
+    main(["robustness", str(run), *QUIET, *map(str, options)])
 
 
 def test_degradations_of_a_model(run, shards, tmp_path, capsys):
@@ -82,6 +85,70 @@ def test_degradations_of_a_model(run, shards, tmp_path, capsys):
     probe(run, *options, "--out", again, "--beside", f"[{out}]")
     assert json.loads(again.read_text()) == result
     assert "runs0/tiny" in again.with_suffix(".svg").read_text()  # two models of one name
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_parts_of_other_degraded_images_are_not_reused(run, tmp_path, monkeypatch, indexed):
+    """What is kept is made a result that nothing measures: it is shown, or measured anew."""
+    shards, out = tmp_path / "shards", tmp_path / "found.json"
+    kept = tmp_path / "found-degradations.parts"
+
+    def write(seed: int) -> dict[str, str]:
+        found = write_shards(shards, images=64, val_images=64, size=32, shards=1, seed=seed)
+        for index in shards.glob("*.index.json") if not indexed else ():
+            index.unlink()
+        return found
+
+    data = write(0)
+    options = ["--data.train", data["train"], "--data.val", data["val"], "--out", out]
+    options += ["--recipe.epochs", "1"]
+
+    def images(*changes: str) -> int:
+        probe(run, *options, "--degradations", "[]", *changes)
+        return json.loads(out.read_text())["values"]["images"]
+
+    assert images() == 64
+    marked = kept.read_text().replace('"images": 64', '"images": 77')
+    assert marked != kept.read_text()
+    changes = [["--trainer.precision", "bf16-mixed"], ["--trainer.limit_val_batches", "1"]]
+    for change in [[], *changes] if indexed else [[]]:
+        kept.write_text(marked)
+        assert (images(*change) == 77) == (not change)
+    for name, value in (("FORMAT", "of tomorrow"), ("write", 1)):
+        kept.write_text(marked)
+        with monkeypatch.context() as patch:
+            write(value) if name == "write" else patch.setattr(probe_robustness, name, value)
+            assert images() == 64
+    kept.write_text(marked)
+    (shards / "classes.json").write_text(json.dumps([f"class {n}" for n in range(64)]))
+    assert images() == 64
+
+
+def test_parts_of_other_cues_are_not_reused(run, tmp_path):
+    paths, out = write_cues(tmp_path), tmp_path / "found.json"
+    kept = tmp_path / "found-cues.parts"
+    options = ["--cue.data", paths["cue"], "--cue.train", paths["photos"], "--cue.folds", "2"]
+    options += ["--recipe.epochs", "1"]
+
+    def images() -> int:
+        probe(run, *options, "--out", out)
+        return json.loads(out.read_text())["values"]["cue_images"]
+
+    assert images() == 36
+    marked = kept.read_text().replace('"conflict": 36', '"conflict": 77')
+    kept.write_text(marked)
+    assert images() == 77
+    names = Path(paths["photos"]).parent / "classes.json"
+    before = names.read_text()
+    names.write_text(before.replace("fish", "oven"))
+    kept.write_text(marked)
+    assert images() == 36
+    names.write_text(before)
+    kept.write_text(marked)
+    assert images() == 77
+    write_cues(tmp_path, sources=False)  # of other keys
+    kept.write_text(marked)
+    assert images() == 36
 
 
 def test_the_default_sweep_fits_the_images(run, data, tmp_path):

@@ -6,6 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contramask.probes import robustness
+from contramask.probes.cue_splits import check_split, groups_of, skipped_of, too_few
+from contramask.probes.grouped_linear import GroupedLinear
 from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.probes.robustness import (
     Decisions,
@@ -102,6 +105,72 @@ def test_memorised_pictures_are_no_reading_of_a_class():
     source = deal(y, pictures, 3, seed=0)
     assert decodability(x, y, other, random, RECIPE).mean == 1
     assert decodability(x, y, other, source, RECIPE).mean < 0.5
+
+
+def test_rates_are_chosen_on_images_of_other_pictures_than_are_trained_on(monkeypatch):
+    pictures = torch.arange(12).repeat_interleave(5)
+    y, other = pictures // 3, torch.arange(60) % 5
+    trained = []
+
+    class Seen(GroupedLinear):
+        def _train(self, x, y, rows):
+            trained.append((x.argmax(1), rows))
+            super()._train(x, y, rows)
+
+    monkeypatch.setattr(robustness, "GroupedLinear", Seen)
+    placed = deal(y, pictures, 3, seed=0)
+    two = LinearRecipe(rates=(0.1, 1.0), epochs=2)
+    decodability(torch.eye(12)[pictures], y, other, placed, two, pictures)
+    assert len(trained) == 3 * 2
+    for (of_rows, learnt), (_, again) in zip(trained[::2], trained[1::2], strict=True):
+        held = torch.ones(len(of_rows), dtype=torch.bool)
+        held[learnt] = False
+        # One of eight pictures is held out, all its images.
+        assert (int(held.sum()), len(of_rows)) == (5, 40)
+        assert not set(of_rows[held].tolist()) & set(of_rows[learnt].tolist())
+        assert again.tolist() == list(range(40))
+
+
+def test_groups_are_enough_where_folds_and_rates_find_theirs():
+    for count in range(1, 10):
+        groups = torch.arange(3 * count) % count
+        for folds in range(2, 7):
+            try:
+                placed = deal(torch.zeros_like(groups), groups, folds, seed=0)
+            except UserError:
+                left = 0
+            else:
+                left = min(len(groups[placed != f].unique()) for f in range(folds))
+            for rates in ((1.0,), (0.1, 1.0)):
+                reason = too_few(groups, folds, LinearRecipe(rates=rates))
+                assert (reason is None) == (left >= len(rates)), (count, folds, reason)
+
+
+def test_splits_that_images_do_not_allow_are_skipped_with_a_reason():
+    shape, texture = conflicts(1)  # 12 images of 4 x 3 pairs
+    y = torch.stack([shape, texture, torch.arange(12) // 2, torch.arange(12)], 1)
+    groups = groups_of(y)
+    assert [len(some.unique()) for pair in groups.values() for some in pair] == [
+        6,
+        12,
+        4,
+        4,
+        12,
+        12,
+    ]
+    assert skipped_of(groups, 4, RECIPE) == {}
+    assert list(skipped_of(groups, 5, RECIPE)) == ["other"]
+    skipped = skipped_of(groups, 7, RECIPE)
+    assert "6 groups of images that stay together for 7 folds" in skipped["source"]
+    assert "4 groups" in skipped["other"]
+    check_split(None, skipped)
+    check_split("random", skipped)
+    with pytest.raises(UserError, match=r"cue.split is 'source', but .*; allowed are random; set"):
+        check_split("source", skipped)
+    bare = groups_of(torch.where(torch.arange(4) < 3, y, -1))  # one of the pictures is not told
+    assert "keys do not name the pictures" in skipped_of(bare, 2, RECIPE)["source"]
+    with pytest.raises(UserError, match=r"12 groups .* for 13 folds; set cue\.folds lower"):
+        check_split(None, skipped_of(groups, 13, RECIPE))
 
 
 def test_what_the_other_cue_gives_away_by_hand():

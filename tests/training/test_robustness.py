@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -124,6 +125,67 @@ def test_neither_the_order_of_batches_nor_the_backbone_s_mode_matters():
     assert measure(seed=1)["values"] != measure()["values"]
 
 
+class Restarting(KeyedData):
+    """Shards whose keys begin anew."""
+
+    def clean_dataloader(self, split: str, limit: int | None = None) -> Loader:
+        self.place = 0
+        return super().clean_dataloader(split, limit)
+
+    def _named(self, batch: Batch, split: str, number: int) -> Batch:
+        size, place = len(batch["label"]), self.place
+        self.place += size
+        return {**batch, "keys": [str(i) for i in range(size)], "position": place}
+
+
+def test_images_of_equal_keys_stand_as_the_sweep_has_them():
+    one, other = (
+        Reader(TinyBackbone(), feature=FEATURE).over(trainer(), Restarting(order=order), "train")
+        for order in (1, -1)
+    )
+    assert torch.equal(one.x, other.x)
+    assert torch.equal(one.y, other.y)
+    batches = list(Restarting().clean_dataloader("train"))
+    x, y = extract(TinyBackbone(), batches, feature=FEATURE)
+    places = sorted(
+        (fold(str(i)), b["position"] + i) for b in batches for i in range(len(b["keys"]))
+    )
+    order = torch.tensor([place for _, place in places])
+    assert torch.equal(one.x, x[order])
+    assert torch.equal(one.y[:, 0], y[order])
+
+
+def test_under_autocast_features_are_coarse_and_all_else_is_not(written, monkeypatch):
+    seen = []
+
+    def watched(method):
+        def call(self, *values, **options):
+            seen.append((method.__name__, torch.is_autocast_enabled("cpu")))
+            return method(self, *values, **options)
+
+        return call
+
+    for kind, name in ((LinearProbe, "learn"), (LinearProbe, "heads"), (KNN, "votes")):
+        monkeypatch.setattr(kind, name, watched(getattr(kind, name)))
+    monkeypatch.setattr(Degradation, "of_normalised", watched(Degradation.of_normalised))
+    coarse = degraded_accuracies(
+        trainer(precision="bf16-mixed"), TinyBackbone(), KeyedData(), sweep()
+    )
+    assert coarse["protocol"].endswith(", precision bf16-mixed")
+    assert set(seen) == {(n, False) for n in ("learn", "heads", "votes", "of_normalised")}
+    seen.clear()
+    cues = both(written, photos=True, made=trainer(precision="bf16-mixed"))
+    assert cues["protocol"].endswith(", precision bf16-mixed")
+    assert set(seen) == {("learn", False), ("heads", False)}
+    rows = [
+        Reader(TinyBackbone(), feature=FEATURE).over(trainer(precision=p), KeyedData(), "val").x
+        for p in ("bf16-mixed", "32-true")
+    ]
+    assert not torch.equal(*rows)
+    torch.testing.assert_close(*rows, rtol=0.05, atol=0.05)
+    assert "precision" not in both(written)["protocol"]
+
+
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path):
     straight = measure()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -223,10 +285,17 @@ def written(tmp_path_factory) -> dict[str, str]:
     return write_cues(tmp_path_factory.mktemp("cues"))
 
 
-def both(paths: dict[str, str], *, photos: bool = False, parts: Parts | None = None, **options):
+def both(
+    paths: dict[str, str],
+    *,
+    photos: bool = False,
+    parts: Parts | None = None,
+    made: pl.Trainer | None = None,
+    **options,
+):
     shared = {"images": Images(size=SQUARE, resize=SQUARE), "workers": 0, "batch_size": 6}
     return shape_and_texture(
-        trainer(),
+        made or trainer(),
         TinyBackbone(),
         CueShards(paths["cue"], option="cue.data", **shared),
         CueStudy(**(BOTH | options)),
@@ -297,6 +366,19 @@ def test_finished_halves_are_not_read_again(written, tmp_path, monkeypatch):
     assert both(written, parts=Parts(tmp_path / "p", "a")) == first
 
 
+def test_a_split_that_nobody_asked_for_is_skipped_and_told(written, tmp_path):
+    found = both(written, folds=20, parts=Parts(tmp_path / "p", "a"))
+    assert list(found["cues"]["splits"]) == ["random"]
+    assert list(found["cues"]["skipped"]) == ["source", "other"]
+    told = "the split 'other' is not measured: there are 4 groups of images that stay together"
+    assert told in found["protocol"]
+    assert "dealt at random" in found["protocol"]
+    assert both(written, folds=4, split="other")["cues"]["skipped"] == {}
+    # What is kept was measured when nobody asked.
+    with pytest.raises(UserError, match=r"'source', but .* groups .* for 20 folds"):
+        both(written, folds=20, split="source", parts=Parts(tmp_path / "p", "a"))
+
+
 def test_what_cannot_be_compared_is_told(written, tmp_path):
     bare = write_cues(tmp_path, sources=False)
     assert list(both(bare)["cues"]["splits"]) == ["other", "random"]
@@ -306,8 +388,8 @@ def test_what_cannot_be_compared_is_told(written, tmp_path):
         CueStudy(folds=1)
     with pytest.raises(UserError, match="36 images with a conflict for 50 folds"):
         both(written, folds=50)
-    with pytest.raises(UserError, match=r"20 folds of 36 images in .* groups"):
-        both(written, folds=20)
+    with pytest.raises(UserError, match=r"'other', but there are 4 groups .* for 20 folds"):
+        both(written, folds=20, split="other")
     folder = Path(bare["photos"]).parent
     (folder / "classes.json").write_text(json.dumps(["a", "b", "c", "dog"]))
     with pytest.raises(UserError, match=r"cue.train: 1 of its classes have names that cue.data"):

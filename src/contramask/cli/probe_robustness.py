@@ -28,16 +28,21 @@ from contramask.cli.probing import (
 )
 from contramask.cli.robustness_tables import accuracies_of, draw, joined, others, show_tables
 from contramask.data.cues import CueShards, NamedShards, Patterns
+from contramask.data.index import classes_of
 from contramask.data.module import ImageShards
 from contramask.data.streaming import Streaming
 from contramask.functional.degradations import sweep
 from contramask.models.digest import digest_of
+from contramask.probes.evaluation import Split as DataSplit
 from contramask.probes.linear import LinearRecipe
 from contramask.probes.parts import Parts
 from contramask.probes.robustness import Split
 from contramask.training.cues import CueStudy, shape_and_texture
 from contramask.training.robustness import Sweep, degraded_accuracies
+from contramask.training.unstored import shards_of
 from contramask.types import UserError
+
+FORMAT = "robustness 2"  # of what is kept; raised when the same settings give other numbers
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ class Cue:
         data: cue-conflict shards: json with shape and texture, classes.json beside them.
         train: labelled photographs of classes with the same names, for the shape bias.
         folds: of the cross-validation.
-        split: what no fold shares with another: `source` pictures of the decoded cue, classes of
-            the `other` cue, or nothing (`random`). Default: `source` where keys name the pictures
-            as in cat3-dog2, else `other`.
+        split: what no fold shares with another: `source` pictures of the decoded cue (where keys
+            name them as in cat3-dog2), classes of the `other` cue, or nothing (`random`). Default:
+            the first of these that the images allow.
     """
 
     data: Patterns | None = None
@@ -147,7 +152,7 @@ class _Job:
             seed=given.seed,
             limit=given.limit,
         )
-        parts = self._parts(out, "degradations", given.k, given.data.train, given.data.val)
+        parts = self._parts(out, "degradations", [(data, "train"), (data, "val")], given.k)
         return degraded_accuracies(
             self.trainer,
             self.opened.backbone,
@@ -172,13 +177,15 @@ class _Job:
             if cue.train is None
             else NamedShards(cue.train, option="cue.train", **self._reading())
         )
+        images = CueShards(cue.data, option="cue.data", **self._reading())
+        read = [data for data in (images, photographs) if data is not None]
         return shape_and_texture(
             self.trainer,
             self.opened.backbone,
-            CueShards(cue.data, option="cue.data", **self._reading()),
+            images,
             study,
             photographs=photographs,
-            parts=self._parts(out, "cues", cue.data, cue.train, cue.folds),
+            parts=self._parts(out, "cues", [(data, "train") for data in read], cue.folds),
             transform=self.opened.transform,
         )
 
@@ -187,14 +194,31 @@ class _Job:
         shared = {"batch_size": data.batch_size, "workers": data.workers}
         return {**shared, "images": self.opened.images, "streaming": data.streaming}
 
-    def _parts(self, out: Path, half: str, *settings: Any) -> Parts | None:
-        """What is done already: kept by the first rank, which tells the others."""
-        if not self.trainer.is_global_zero:
+    def _parts(
+        self, out: Path, half: str, read: Sequence[tuple[ImageShards, DataSplit]], *settings: Any
+    ) -> Parts | None:
+        """What is done already: kept by the first rank, which tells the others.
+
+        Nothing is kept of pipes: nobody knows whether they give the same again.
+        """
+        given, trainer = self.given, self.trainer
+        # On all ranks: missing shards are told on all.
+        held = [_held(data, split, given.limit, trainer.world_size) for data, split in read]
+        if not trainer.is_global_zero or None in held:
             return None
-        given = self.given
+        run = (FORMAT, str(trainer.precision), trainer.limit_val_batches)
         hangs_on = (self.feature, self.opened.images, given.recipe, given.seed, given.limit)
-        digest = digest_of(self.opened.backbone, *hangs_on, *settings)
+        digest = digest_of(self.opened.backbone, *run, *hangs_on, held, *settings)
         return Parts(out.with_name(f"{out.stem}-{half}.parts"), digest)
+
+
+def _held(data: ImageShards, split: DataSplit, limit: int | None, ranks: int) -> Any:
+    """Which images a split has and the names of their classes; None where nobody knows."""
+    shards = data.train_shards if split == "train" else data.val_shards
+    assert shards is not None
+    if any(url.startswith("pipe:") for url in shards.urls):
+        return None
+    return shards_of(data, split, limit, ranks), classes_of(shards.urls)
 
 
 def _check(data: Any, cue: Any, degradations: list[str] | None) -> None:

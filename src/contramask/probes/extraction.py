@@ -1,6 +1,7 @@
 """Labelled features of many images: read batch by batch, brought together over ranks."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ ROWS = 65536
 
 
 def read(
-    backbone: Backbone, batch: Batch, wanted: Sequence[Feature], *, autocast: bool = False
+    backbone: Backbone, batch: Batch, wanted: Sequence[Feature], *, autocast: bool | None = False
 ) -> tuple[list[Float[Tensor, "B _"]], Int[Tensor, " B"]]:
     """Features and labels of a batch, from its view `clean` of one crop.
 
@@ -25,7 +26,8 @@ def read(
         backbone: in eval mode.
         batch: normalised images on any device.
         wanted: which features.
-        autocast: compute in bfloat16 where that is safe; features are float32 all the same.
+        autocast: compute in bfloat16 where that is safe; features are float32 all the same. None:
+            as the trainer's precision has it.
 
     Raises:
         UserError: for a batch without that view.
@@ -38,7 +40,8 @@ def read(
         )
     assert len(views[CLEAN]) == 1, f"the view {CLEAN!r} has {len(views[CLEAN])} crops, not one"
     device = next(backbone.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    chosen = torch.autocast(device.type, torch.bfloat16, enabled=bool(autocast))
+    with nullcontext() if autocast is None else chosen:
         x = feature_set(backbone, views[CLEAN][0].to(device), wanted)
     return x, batch["label"].to(device)
 

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from contramask.probes.evaluation import SCORED
-from contramask.probes.linear import LinearProbe, LinearRecipe
+from contramask.probes.grouped_linear import GroupedLinear
+from contramask.probes.linear import LinearRecipe
 from contramask.probes.probe import Probe
 from contramask.types import UserError, fold
 
@@ -120,10 +121,11 @@ def decodability(
     other: Int[Tensor, " N"],
     placed: Int[Tensor, " N"],
     recipe: LinearRecipe,
+    groups: Int[Tensor, " N"] | None = None,
 ) -> Decoded:
     """Cross-validation of a linear probe: each fold is read by a probe of the other folds.
 
-    The learning rate is chosen on a part of those other folds.
+    The learning rate is chosen on a part of those other folds: on whole groups.
 
     Args:
         x: features.
@@ -131,15 +133,16 @@ def decodability(
         other: the class of the other cue.
         placed: the fold of each image, see `deal`.
         recipe: of the probes.
+        groups: images that stay together, as in `deal`; None: each is one.
 
     Raises:
-        UserError: if the images are of fewer than two classes.
+        UserError: if the images are of fewer than two classes, or of too few groups.
     """
     classes, found, guessed, unseen = classes_to_learn(y, "cue.data"), [], 0, 0
     for number in placed.unique().tolist():
         test = (placed == number).to(x.device)
-        probe = LinearProbe(x.shape[1], classes, recipe=recipe).to(x.device)
-        probe.fit(x[~test], y[~test])
+        probe = GroupedLinear(x.shape[1], classes, recipe=recipe).to(x.device)
+        probe.fit(x[~test], y[~test], None if groups is None else groups[~test])
         found.append(right(probe, x[test], y[test]).float().mean().item())
         guess = _best_guess(y[~test], other[~test], classes, int(other.max()) + 1)
         guessed += int((guess[other[test]] == y[test]).sum())

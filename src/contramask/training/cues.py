@@ -11,6 +11,7 @@ from torch import Tensor
 
 from contramask.data.cues import CUES, CueBatch, CueShards, NamedShards, sources_of
 from contramask.models.backbone import Backbone
+from contramask.probes.cue_splits import check_split, groups_of, rate_in_words, skipped_of
 from contramask.probes.features import CLS, Feature
 from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.probes.parts import Parts
@@ -24,6 +25,7 @@ from contramask.probes.robustness import (
     matched,
 )
 from contramask.training.passes import Read, Reader, missing
+from contramask.training.precision import in_words
 from contramask.types import UserError, fold
 
 RECIPE = LinearRecipe()
@@ -38,8 +40,8 @@ class CueStudy:
         feature: which.
         folds: of the cross-validation.
         split: what no fold shares with another, see `probes.robustness.SPLITS`. All that the
-            images allow are measured; this one gives the numbers in `values`. None: `source`
-            where keys name the pictures, else `other`.
+            images allow are measured; this one gives the numbers in `values`. None: the first of
+            source, other and random that the images allow.
         seed: of the folds.
         limit: the most images; None: all.
 
@@ -86,8 +88,8 @@ def shape_and_texture(
         `values`, the table `cues` and `protocol`. On other ranks than the first: nothing.
 
     Raises:
-        UserError: too few images for the folds, fewer than two classes, keys that do not name
-            source pictures where the split needs them, or photographs of other classes.
+        UserError: too few images for the folds, fewer than two classes, a split that is asked for
+            and that keys do not tell or that has too few groups, or photographs of other classes.
     """
     done: dict[str, Any] = {} if parts is None else parts.done
     add = done.__setitem__ if parts is None else parts.add
@@ -104,7 +106,10 @@ def shape_and_texture(
             learnt = Reader(backbone, feature=study.feature)
             photos = learnt.over(trainer, photographs, "train", study.limit)
             add("bias", _bias(kept, photos, cues.names, photographs.names, study))
-    return _result(done, study, transform) if trainer.is_global_zero else {}
+    if not trainer.is_global_zero:
+        return {}
+    result = _result(done, study, transform)
+    return {**result, "protocol": result["protocol"] + in_words(trainer)}
 
 
 def _known(batch: CueBatch) -> Int[Tensor, "B 4"]:
@@ -122,21 +127,17 @@ def _decoded(kept: Read, study: CueStudy) -> dict[str, Any]:
             f"cue: {len(kept.y)} images with a conflict for {study.folds} folds; set cue.folds "
             "lower, or cue.data to more images"
         )
-    cue, pictures = kept.y[:, :2], kept.y[:, 2:]
-    known = bool((pictures >= 0).all())
+    grouped = groups_of(kept.y)
+    skipped = skipped_of(grouped, study.folds, study.recipe)
+    check_split(study.split, skipped)
     found: dict[str, Any] = {}
-    for split in SPLITS:
-        if split == "source" and not known:
-            continue
-        for i, name in enumerate(CUES):
-            y, other = cue[:, i], cue[:, 1 - i]
-            groups = {"source": pictures[:, i], "other": other}.get(
-                split, torch.arange(len(y), device=y.device)
-            )
+    for split, groups in grouped.items():
+        for i, name in enumerate(CUES if split not in skipped else ()):
+            y, other = kept.y[:, i], kept.y[:, 1 - i]
             strata = torch.zeros_like(y) if split == "other" else y
             seed = fold(study.seed, "cue", split, name)
-            placed = deal(strata, groups, study.folds, seed=seed)
-            result = decodability(kept.x, y, other, placed, study.recipe)
+            placed = deal(strata, groups[i], study.folds, seed=seed)
+            result = decodability(kept.x, y, other, placed, study.recipe, groups[i])
             found.setdefault(split, {})[name] = {
                 "top1": round(result.mean, 6),
                 "spread": round(result.spread, 6),
@@ -145,7 +146,7 @@ def _decoded(kept: Read, study: CueStudy) -> dict[str, Any]:
                 "from_other_top1": round(result.from_other, 6),
                 "unseen": result.unseen,
             }
-    return {"conflict": len(cue), "splits": found}
+    return {"conflict": len(kept.y), "splits": found, "skipped": skipped}
 
 
 def _bias(
@@ -183,12 +184,8 @@ def _bias(
 
 def _result(done: Mapping[str, Any], study: CueStudy, transform: str) -> dict[str, Any]:
     found = done["decodability"]
-    split = study.split or next(iter(found["splits"]))
-    if split not in found["splits"]:
-        raise UserError(
-            "cue.split is 'source', but keys do not name the pictures as in cat3-dog2; allowed "
-            "are other and random; set cue.split"
-        )
+    check_split(study.split, found["skipped"])
+    split: Split = study.split or next(iter(found["splits"]))
     chosen = found["splits"][split]
     shape, texture = (chosen[cue] for cue in CUES)
     values = {f"{cue}_top1": chosen[cue]["top1"] for cue in CUES}
@@ -200,10 +197,11 @@ def _result(done: Mapping[str, Any], study: CueStudy, transform: str) -> dict[st
     protocol = (
         f"cues: linear probes of shape and of texture on {found['conflict']} of {found['images']} "
         f"images, those whose cues conflict; {study.folds}-fold cross-validation in which "
-        f"{SPLITS[split]}, mean over folds, seed {study.seed}; in each fold the learning "
-        f"rate is chosen on {study.recipe.holdout:.0%} of the images trained on; "
-        f"{study.feature.about()}, {transform}"
+        f"{SPLITS[split]}, mean over folds, seed {study.seed}; "
+        f"{rate_in_words(split, study.recipe)}; {study.feature.about()}, {transform}"
     )
+    for left_out, reason in found["skipped"].items():
+        protocol += f"; the split {left_out!r} is not measured: {reason}"
     tables = {"cues": found}
     if "bias" not in done:
         return {"values": values, **tables, "protocol": f"{protocol}; no shape bias (no cue.train)"}

@@ -19,7 +19,10 @@ Change = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class Read(NamedTuple):
-    """Features of images, and what is known of them, in the order of their keys."""
+    """Features of images, and what is known of them, in an order of their keys.
+
+    Images of equal keys (of shards whose keys begin anew) stand as the sweep has them.
+    """
 
     x: Float[Tensor, "N F"]
     y: Int[Tensor, "N L"]
@@ -51,13 +54,17 @@ class OneLoader(pl.LightningDataModule):
 class Reader(pl.LightningModule):
     """Reads the features of one loader, of images as they are or changed.
 
+    The forward is of the trainer's precision, the change of float32.
+
     Attributes:
         found: after the run: without unlabelled images, in an order that no rank has a part in.
 
     Args:
         backbone: loaded; it is not changed.
         feature: which.
-        change: (normalised images, keys) -> images of the same size; None: as they are.
+        change: (normalised images, keys) -> images of the same size; None: as they are. Draws
+            hang on the key, which is the image's own wherever it is packed; images of equal keys
+            share them. (Its place would tell them apart, but batches do not hold that of each.)
         known: (batch) -> what is kept beside the features, (B, L); None: the labels.
         columns: L.
         everyone: bring the images of all ranks together; False: keep those of this rank.
@@ -84,7 +91,7 @@ class Reader(pl.LightningModule):
         # A rank without images brings these.
         x = torch.empty((0, self.feature.width(self.backbone.spec)), device=self.device)
         y = torch.empty((0, self.columns), dtype=torch.long, device=self.device)
-        self._parts = [(x, y, y[:, 0])]
+        self._parts = [(x, y, y.new_empty((0, 2)))]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if "keys" not in batch:
@@ -94,10 +101,14 @@ class Reader(pl.LightningModule):
             )
         keys, y = batch["keys"], self.known(batch)
         if self.change is not None:
-            changed = self.change(batch["views"][CLEAN][0], keys)
+            with torch.autocast(self.device.type, enabled=False):
+                changed = self.change(batch["views"][CLEAN][0], keys)
             batch = {**batch, "views": {**batch["views"], CLEAN: changed[None]}}
-        (x,), _ = read(self.backbone, batch, [self.feature])
-        place = torch.tensor([fold(key) for key in keys], device=x.device)
+        (x,), _ = read(self.backbone, batch, [self.feature], autocast=None)
+        # Bad samples are left out of a batch, so these are no places; their order is that of the
+        # sweep all the same, for a batch is as long as its stretch of the sweep at most.
+        places = [[fold(key), batch["position"] + i] for i, key in enumerate(keys)]
+        place = torch.tensor(places, device=x.device).reshape(-1, 2)
         labelled = (y[:, 0] >= 0).to(x.device)
         self._parts.append((x[labelled], y.to(x.device)[labelled], place[labelled]))
 
@@ -106,7 +117,8 @@ class Reader(pl.LightningModule):
         del self._parts
         if self.everyone:
             x, y, place = (gather_rows(t, via=self.device) for t in (x, y, place))
-        order = place.argsort(stable=True)
+        order = place[:, 1].argsort(stable=True)
+        order = order[place[order, 0].argsort(stable=True)]
         self.found = Read(x[order], y[order])
 
     def over(

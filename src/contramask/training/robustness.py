@@ -22,6 +22,7 @@ from contramask.probes.linear import LinearProbe, LinearRecipe
 from contramask.probes.parts import Parts
 from contramask.probes.robustness import classes_to_learn, relative_drop, right
 from contramask.training.passes import Change, Read, Reader, missing
+from contramask.training.precision import in_words
 from contramask.types import UserError
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,9 @@ def degraded_accuracies(
         scores = _scores(probes, reader.over(trainer, data, "val", sweep.limit))
         add(word, scores)
         log.info("%s: top-1 %.2f %% of %d images", word, 100 * scores["top1"], scores["images"])
-    return _degraded_result(done, sweep, transform) if trainer.is_global_zero else {}
+    if not trainer.is_global_zero:
+        return {}
+    return _degraded_result(done, sweep, transform, in_words(trainer))
 
 
 def _fitted(train: Read, sweep: Sweep) -> list[Fitted]:
@@ -145,7 +148,9 @@ def _scores(probes: Sequence[Fitted], val: Read) -> dict[str, float]:
     }
 
 
-def _degraded_result(done: Mapping[str, Any], sweep: Sweep, transform: str) -> dict[str, Any]:
+def _degraded_result(
+    done: Mapping[str, Any], sweep: Sweep, transform: str, precision: str
+) -> dict[str, Any]:
     clean = done["clean"]
     tops = [name for name in clean if name != "images"]
     table = [
@@ -166,5 +171,5 @@ def _degraded_result(done: Mapping[str, Any], sweep: Sweep, transform: str) -> d
         f"{transform}, normalised by mean ({mean}) and std ({std}); probes are fitted on clean "
         f"train images and score {clean['images']} val images, degraded after the crop as "
         f"`about` of each says; every draw is a function of (seed {sweep.seed}, key of the image, "
-        "word)",
+        f"word){precision}",
     }
