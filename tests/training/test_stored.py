@@ -6,18 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from contramask.data.examples import Images
 from contramask.data.index import build_index
 from contramask.data.module import ImageShards
 from contramask.data.procedural import write_shards
 from contramask.data.streaming import Streaming
+from contramask.data.subset import Subset, catalogue, choose
 from contramask.data.tarwriter import TarWriter
+from contramask.data.views import IMAGENET_MEAN as MEAN_OF
+from contramask.data.views import IMAGENET_STD as STD_OF
+from contramask.data.views import EvalView
 from contramask.distributed import total
 from contramask.probes import store_buffer
 from contramask.probes.extraction import extract
 from contramask.probes.features import Feature
+from contramask.probes.grid_rows import Share
 from contramask.probes.store_files import PassFolder
+from contramask.training import stored as training_stored
 from contramask.training.stored import Extraction, shelves_of, stored_features
 from contramask.types import UserError
 from tests.builders import tiny_vit
@@ -108,8 +115,8 @@ def test_stored_features_are_not_extracted_again(backbone, shards, tmp_path, for
 
 
 def test_anything_that_features_hang_on_gives_them_another_folder(backbone, shards, tmp_path):
-    def folder(network=backbone, data=None, limit=None, transform="t", autocast=False) -> Path:
-        settings = {"limit": limit, "transform": transform, "autocast": autocast}
+    def folder(network=backbone, data=None, limit=None, transform="t", precision="32-true") -> Path:
+        settings = {"limit": limit, "transform": transform, "precision": precision}
         data = data or module(shards)
         return shelves_of(network, data, folder=tmp_path, **settings)["train"].path
 
@@ -122,12 +129,21 @@ def test_anything_that_features_hang_on_gives_them_another_folder(backbone, shar
         folder(heads),
         folder(data=module(shards, images=coloured)),
         folder(transform="u"),
-        folder(autocast=True),
+        folder(precision="bf16-mixed"),
         folder(limit=17),
         folder(limit=18),
         folder(limit=17, data=module(shards, seed=1)),
         folder(data=module({**shards, "train": shards["val"]})),
     ]
+    bilinear = module(shards)
+    bilinear.clean_view = EvalView(20, interpolation="bilinear", mean=MEAN_OF, std=STD_OF)
+    found.append(folder(data=bilinear))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_stored, "MEANING", training_stored.MEANING + 1)
+        found.append(folder())
+        patch.undo()
+        patch.setattr(training_stored, "version", lambda _: "0.0.1")
+        found.append(folder())
     assert len(set(found)) == len(found)
     assert folder(data=module(shards, seed=1, batch_size=20, workers=3)) == found[0]
     shutil.copytree(Path(shards["train"]).parent, tmp_path / "moved")
@@ -247,6 +263,62 @@ def test_two_programs_do_not_write_into_one_folder(backbone, shards, tmp_path):
     other.path = folder
     with other.locked(), pytest.raises(UserError, match="another process extracts features into"):
         stored(backbone, module(shards), tmp_path, [MEAN])
+
+
+def test_precision_is_the_trainers(backbone, shards, tmp_path, expected):
+    """bfloat16 forwards, as `extract` has them."""
+    found = stored(backbone, module(shards), tmp_path, [MEAN], precision="bf16-mixed")
+    data = module(shards)
+    x, _ = extract(backbone, map_to(data, "val"), feature=MEAN, autocast=True)
+    exact, _ = extract(backbone, map_to(data, "val"), feature=MEAN)
+    assert found["val"].x[MEAN].dtype == torch.float32
+    assert torch.equal(found["val"].x[MEAN], x)
+    assert not torch.equal(x, exact)
+
+
+def test_train_alone_needs_no_val(backbone, shards, tmp_path, expected, forwards):
+    """And goes on after a stop as two splits do; what is stored then is read with val."""
+    alone = ImageShards(
+        shards["train"], batch_size=9, workers=0, images=Images(size=20, classes=64)
+    )
+    options = {"folder": tmp_path, "transform": "t", "splits": ["train"]}
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 4)
+        with pytest.raises(Died):
+            stored_features(backbone, alone, trainer(), WANTED, **options)
+    found = stored_features(backbone, alone, trainer(), WANTED, **options)
+    assert sum(forwards) == IMAGES["train"]
+    assert list(found) == ["train"]
+    assert found["train"].keys == expected["train"].keys
+    for feature in WANTED:
+        assert torch.equal(found["train"].x[feature], expected["train"].x[feature])
+    (folder,) = tmp_path.glob("*-*")
+    assert folder.name == found["train"].origin
+    stored(backbone, module(shards, images=Images(size=20, classes=64)), tmp_path)
+    assert sum(forwards) == IMAGES["train"] + 192 - 128
+
+
+def test_a_share_has_the_images_of_a_subset(shards, expected):
+    """`probe linear --fractions 0.3` and `finetune --subset 0.3`."""
+    index, bank = module(shards).train_shards.index, expected["train"]
+    assert index is not None
+    known = catalogue(index)
+    for part in ({"fraction": 0.3}, {"per_class": 1}):
+        chosen = choose(Subset(**part), known)
+        names = {known.keys[i] for i in chosen.nonzero()[0]}
+        rows = Share(**part).of(bank.y, bank.keys, 0)
+        assert {bank.keys[i] for i in rows.tolist()} == names
+        assert 0 < len(names) < IMAGES["train"]
+
+
+@pytest.mark.parametrize("ranks", [{}, {"devices": 2, "strategy": "ddp_fork"}])
+def test_a_cache_that_cannot_be_written_is_named(backbone, shards, tmp_path, ranks):
+    """On the first rank, and the others do not wait for it."""
+    (tmp_path / "file").write_text("")
+    told = r"cannot be written \(Not a directory\); set --cache|or it cannot be written; wait"
+    wanted = (UserError, ProcessRaisedException)
+    with pytest.raises(wanted, match=told):
+        stored(backbone, module(shards), tmp_path / "file" / "features", [MEAN], **ranks)
 
 
 def test_val_is_wanted(backbone, shards, tmp_path):

@@ -21,11 +21,14 @@ class Bank:
         x: feature -> (N, F) float32.
         y: labels.
         keys: the samples' names.
+        origin: a checksum of all that the features hang on, the name of their folder; empty where
+            they were not stored.
     """
 
     x: Mapping[Feature, Tensor]
     y: Int[Tensor, " N"]
     keys: list[str]
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.y)

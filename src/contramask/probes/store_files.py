@@ -149,12 +149,23 @@ class PassFolder:
 
     @contextmanager
     def locked(self, *, wanted: bool = True) -> Generator[bool]:
-        """Whether this process alone may write here; always true where it does not want to."""
+        """Whether this process alone may write here; always true where it does not want to.
+
+        Raises:
+            UserError: nobody can.
+        """
         if not wanted:
             yield True
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / LOCK, "w", encoding="utf-8") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / LOCK, "w", encoding="utf-8")  # noqa: SIM115  closed below
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror or error}); set --cache to a "
+                "folder that can"
+            ) from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

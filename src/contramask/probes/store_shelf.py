@@ -78,7 +78,8 @@ class Shelf:
                 )
             x[feature] = table.rows(feature)
         assert first is not None, "no feature is wanted"
-        return Bank(StoredFeatures(x), torch.from_numpy(first.y), first.keys)
+        y = torch.from_numpy(first.y)
+        return Bank(StoredFeatures(x), y, first.keys, origin=self.path.name)
 
     def _read(self, path: Path) -> dict[str, Any]:
         again = f"remove {path.parent} to have the features extracted again"

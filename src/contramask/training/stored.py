@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -18,6 +19,10 @@ from contramask.probes.store_shelf import Shelf
 from contramask.training.unstored import UnstoredImages, shards_of
 from contramask.types import Batch, UserError
 
+# What the numbers of a feature mean. Raise it with every change of `features`, of the clean view or
+# of decoding that changes them: then what was stored before is not read any more.
+MEANING = 1
+
 
 def stored_features(
     backbone: Backbone,
@@ -27,25 +32,27 @@ def stored_features(
     *,
     folder: Path,
     limit: int | None = None,
-    autocast: bool = False,
     transform: str,
+    splits: Sequence[Split] = SPLITS,
 ) -> dict[Split, Bank]:
-    """Features of the labelled images of train and val; only what is not stored is extracted.
+    """Features of the labelled images of some splits; only what is not stored is extracted.
 
     A stored feature is reused where backbone (weights and architecture), clean view, shards,
-    `limit` and `autocast` are the same. After a stop extraction goes on where all ranks were, with
-    any number of ranks; of shards without an index a split begins anew. The order of rows is that
-    of the shards, whatever the ranks, workers and batches.
+    `limit`, the trainer's precision and what makes features (`MEANING`, timm) are the same. After a
+    stop extraction goes on where all ranks were, with any number of ranks; of shards without an
+    index a split begins anew. The order of rows is that of the shards, whatever the ranks, workers
+    and batches.
 
     Args:
         backbone: loaded; it is not changed.
         data: train and val.
-        trainer: made with `use_distributed_sampler=False`.
+        trainer: made with `use_distributed_sampler=False`. The forward is of its precision;
+            features are float32 all the same.
         wanted: which features.
         folder: where they are kept; every rank must see it.
         limit: the most images of each split.
-        autocast: bfloat16 forward; features are float32 all the same.
         transform: what the clean view is, e.g. "resize 256, centre crop 224".
+        splits: which; the others may have no shards.
 
     Raises:
         UserError: a stored file is damaged or of other content, another process writes there, the
@@ -56,9 +63,10 @@ def stored_features(
         data,
         folder=folder,
         limit=limit,
-        autocast=autocast,
+        precision=str(trainer.precision),
         transform=transform,
         ranks=trainer.world_size,
+        splits=splits,
     )
     passes: dict[Split, PassFolder] = {}
     for split, shelf in shelves.items():
@@ -71,9 +79,8 @@ def stored_features(
                 "all images of a split, or of --limit of them; set that"
             )
         images = UnstoredImages(data, passes, limit=limit)
-        extraction = Extraction(backbone, images, autocast=autocast)
         with images:
-            trainer.validate(extraction, datamodule=images, verbose=False)
+            trainer.validate(Extraction(backbone, images), datamodule=images, verbose=False)
     return {split: shelf.open(wanted) for split, shelf in shelves.items()}
 
 
@@ -83,40 +90,46 @@ def shelves_of(
     *,
     folder: Path,
     limit: int | None,
-    autocast: bool,
+    precision: str,
     transform: str,
     ranks: int = 1,
+    splits: Sequence[Split] = SPLITS,
 ) -> dict[Split, Shelf]:
-    """Where the features of train and val are, by all that they hang on; see `stored_features`."""
+    """Where the features of the splits are, by all that they hang on; see `stored_features`."""
     about = {
+        "meaning": MEANING,
+        "timm": version("timm"),
         "backbone": digest_of(backbone),
         "architecture": repr((backbone.spec, sorted(backbone.config.items()))),
         "transform": transform,
+        "interpolation": data.clean_view.interpolation,
         "limit": limit,
-        "autocast": autocast,
+        "precision": precision,
         "images": asdict(data.images),
         "classes": data.num_classes,
     }
     return {
         split: Shelf(folder, split, about | shards_of(data, split, limit, ranks))
-        for split in SPLITS
+        for split in splits
     }
 
 
 class Extraction(pl.LightningModule):
-    """Writes the features of the loaders' images; Lightning calls it validation."""
+    """Writes the features of the loaders' images; Lightning calls it validation.
 
-    def __init__(self, backbone: Backbone, images: UnstoredImages, *, autocast: bool = False):
+    The forward is of the trainer's precision.
+    """
+
+    def __init__(self, backbone: Backbone, images: UnstoredImages):
         super().__init__()
-        self.backbone, self.autocast = backbone, autocast
-        self.images = images
+        self.backbone, self.images = backbone, images
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         splits = list(self.images.writers)
         for split in splits[:dataloader_idx]:
             self.images.writers[split].end()
         writer = self.images.writers[splits[dataloader_idx]]
-        x, y = read(self.backbone, batch, writer.features, autocast=self.autocast)
+        x, y = read(self.backbone, batch, writer.features, autocast=None)
         writer.add(batch, x, y)
 
     def on_validation_epoch_end(self) -> None:

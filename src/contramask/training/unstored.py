@@ -82,13 +82,23 @@ class UnstoredImages(pl.LightningDataModule):
         """Lock the folders and see how far they are, on all ranks alike."""
         self._locks = ExitStack()
         for split, folder in self.passes.items():
-            free = self._locks.enter_context(folder.locked(wanted=rank() == 0))
-            if self._together(not free):
-                raise UserError(
-                    f"another process extracts features into {folder.path}; wait for it, or set "
-                    "--cache to another folder"
-                )
+            self._lock(self._locks, folder)
             self._plan(split, folder)
+
+    def _lock(self, locks: ExitStack, folder: PassFolder) -> None:
+        """The first rank holds it, and all learn whether it does."""
+        wrong = UserError(
+            f"another process extracts features into {folder.path}"
+            f"{', or it cannot be written' if rank() else ''}; wait for it, or set --cache to "
+            "another folder"
+        )
+        free = False
+        try:
+            free = locks.enter_context(folder.locked(wanted=rank() == 0))
+        except UserError as error:
+            wrong = error
+        if self._together(not free):
+            raise wrong
 
     def _plan(self, split: Split, folder: PassFolder) -> None:
         _, start = folder.parts()
