@@ -126,12 +126,7 @@ def finetune(parser: Parser, config: Namespace) -> Run:
     backbone, sheet = source.load()
     about = {"run": str(source.path), "step": sheet["step"], "net": sheet["net"]}
     about["backbone"] = resolved["backbone"] = digest_of(backbone)
-    if config.backbone not in (None, about["backbone"]):
-        raise UserError(
-            f"{source.path} has other weights now than this configuration was made for (--backbone "
-            f"{config.backbone[:8]}..., found {about['backbone'][:8]}...); give the weights of "
-            "then, or leave --backbone out and start another run"
-        )
+    _check_weights(config.backbone, about["backbone"], source.path)
     stem = Path(f"finetune-{Path(str(config.config[-1])).stem}")
     run = open_named(config, resolved, stem, OBSERVERS)
     pl.seed_everything(config.seed, workers=False, verbose=False)
@@ -155,6 +150,16 @@ def finetune(parser: Parser, config: Namespace) -> Run:
         write_result(result, out)
         show_result(result, out)
     return run
+
+
+def _check_weights(expected: str | None, found: str, path: Path) -> None:
+    """A configuration that was saved insists on the weights it was made for."""
+    if expected not in (None, found):
+        raise UserError(
+            f"{path} has other weights now than this configuration was made for (--backbone "
+            f"{expected[:8]}..., found {found[:8]}...); give the weights of then, or leave "
+            "--backbone out and start another run"
+        )
 
 
 def _trainer(
