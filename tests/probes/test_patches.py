@@ -116,6 +116,7 @@ def test_the_rate_is_chosen_on_whole_images():
     chosen._start(probe.rates, F, CLASSES)
     chosen._train(x, y, torch.arange(90))
     assert torch.equal(probe.weight, chosen.weight)
+    assert probe.recipe == RECIPE.recipe
     assert "patches of 10% of the train images" in probe.protocol
 
 

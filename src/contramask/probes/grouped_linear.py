@@ -1,5 +1,7 @@
 """A linear probe of rows that are alike in groups: its learning rate is chosen on whole groups."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -41,10 +43,11 @@ class GroupedLinear(LinearProbe):
         self._start(self.recipe.rates, dim, classes)
         self._train(x, y, (~held).nonzero()[:, 0])
         best = self._choose(x, y, held.nonzero()[:, 0])
-        self._start((best,), dim, classes)
-        self._train(x, y, torch.arange(len(x)))
-        self.check()
-        self.rows = len(x)
+        whole, self.recipe = self.recipe, replace(self.recipe, rates=(best,))
+        try:
+            super().fit(x, y)
+        finally:
+            self.recipe = whole
 
     def held_out(self, groups: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
         """Which rows belong to held-out groups. Raises `UserError` for fewer than two groups."""
