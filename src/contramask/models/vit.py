@@ -1,4 +1,4 @@
-"""Vision Transformers: timm's modules in, tokens out. The only importer of timm."""
+"""Vision Transformers: timm's modules in, tokens out. The only importer of timm's models."""
 
 import difflib
 from typing import Any, Literal
