@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from contramask.checkpoints.export import export_backbone
+from contramask.cli import probe_knn
 from contramask.cli.probe import main
 from contramask.data.examples import Images
 from contramask.data.module import ImageShards
@@ -15,6 +16,7 @@ from contramask.models.vit import VisionTransformer
 from contramask.probes.extraction import extract
 from contramask.probes.features import Feature
 from contramask.probes.knn import KNN
+from contramask.probes.knn_plan import TablePlan, standard_cleanings
 from contramask.training import knn_search
 from contramask.types import UserError
 
@@ -59,13 +61,16 @@ def run(tmp_path, backbone) -> Path:
     return tmp_path / "model"
 
 
-def probe(run: Path, data: list[str], *options: str, name: str = "last-mean-final") -> dict:
-    main(["knn", str(run), *data, "--pool", "mean", *QUIET, *options])
-    return json.loads((run / "probes" / f"knn-{name}.json").read_text())
+def probe(run: Path, data: list[str], *options: str, name: str | None = None) -> dict:
+    """The result; `name`: of the file where none is given."""
+    out = run / "probes" / f"knn-{name}.json" if name else run / "result.json"
+    given = [] if name else ["--out", str(out)]
+    main(["knn", str(run), *data, "--pool", "mean", *QUIET, *given, *options])
+    return json.loads(out.read_text())
 
 
 def test_a_model_from_command_to_file(run, data, backbone, capsys):
-    result = probe(run, data)
+    result = probe(run, data, name="last-mean-final")
     fed = Images(size=32, resize=32, mean=(0.5,) * 3, std=(0.25,) * 3)
     images = ImageShards(data[1], val=data[3], workers=0, batch_size=48, images=fed)
     banks = [
@@ -115,7 +120,7 @@ def test_the_whole_table_is_one_command_and_reads_features_once(run, data, capsy
     assert result["finding"] in shown
     # The features are there now: what a backbone would say of images is not asked again.
     few = ["--metrics", "[l2,dot]", "--cleanings", "[top3,zscore]", "--ks", "[7]"]
-    again = probe(run, data, *few, name="last-mean-final-table")
+    again = probe(run, data, *few)
     assert [(r["metric"], r["cleaning"]) for r in again["table"]] == [
         ("l2", "top3"), ("dot", "top3"), ("l2", "zscore"), ("dot", "zscore"),
     ]  # fmt: skip
@@ -126,17 +131,15 @@ def test_the_whole_table_is_one_command_and_reads_features_once(run, data, capsy
 def test_two_ranks_and_no_cache_write_the_same(run, data):
     options = ["--metrics", "[cosine,l2]", "--cleanings", "[raw,top5]", "--ks", "[1,20,256,257]"]
     options += ["--cache", "none"]
-    name = "last-mean-final-table"
-    one = probe(run, data, *options, name=name)
+    one = probe(run, data, *options)
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
-    assert probe(run, data, *options, *two, name=name)["table"] == one["table"]
+    assert probe(run, data, *options, *two)["table"] == one["table"]
     assert one["notes"] == ["k = 257: more than the bank of 256 rows allows, 4 numbers skipped"]
     assert not list((run / "probes").glob("features*"))
 
 
 def test_a_stopped_table_goes_on_in_the_next_command(run, data, monkeypatch):
     options = ["--cleanings", "[raw,zscore,top2]", "--ks", "[5]"]
-    name = "last-mean-final-table"
     scores, made = knn_search.Scores, []
 
     def stopping(plan, cleaning, *rest, **more):
@@ -148,19 +151,53 @@ def test_a_stopped_table_goes_on_in_the_next_command(run, data, monkeypatch):
     monkeypatch.setattr(knn_search, "Scores", stopping)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         probe(run, data, *options)
-    assert len(list((run / "probes").glob("*.parts"))) == 1
-    result = probe(run, data, *options, name=name)
+    assert len(list(run.glob("*.parts"))) == 1
+    result = probe(run, data, *options)
     assert made == ["raw", "zscore", "zscore", "top2"]
     assert [r["cleaning"] for r in result["table"]] == ["raw", "zscore", "top2"]
-    assert not list((run / "probes").glob("*.parts"))
+    assert not list(run.glob("*.parts"))
+
+
+def test_parts_of_other_images_are_not_gone_on_with(run, data, monkeypatch):
+    """Only the normalisation is another, which no word of the clean view's sizes tells."""
+    options, made = ["--cleanings", "[raw,zscore]", "--ks", "[5]"], []
+    scores = knn_search.Scores
+
+    def stopping(plan, cleaning, *rest, **more):
+        made.append(str(cleaning))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return scores(plan, cleaning, *rest, **more)
+
+    monkeypatch.setattr(knn_search, "Scores", stopping)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        probe(run, data, *options)
+    probe(run, data, *options, "--images.std", "[0.9,0.9,0.9]")
+    assert made == ["raw", "zscore", "raw", "zscore"]
+
+
+def test_another_plan_is_another_file():
+    plain = {"limit": None, "images": None, "precision": "32-true"}
+    alone, width = Feature(), WIDTH
+    plans = [
+        TablePlan(), TablePlan(cleanings=("zscore",)), TablePlan(metrics=("l2",)),
+        TablePlan(ks=(5,)), TablePlan(temperature=0.1), TablePlan(cleanings=("raw", "pca")),
+        TablePlan(metrics=("cosine", "dot", "l2"), cleanings=standard_cleanings(width)),
+        TablePlan(leave_one_out=True),
+    ]  # fmt: skip
+    names = [probe_knn.name_of(plan, alone, width, plain) for plan in plans]
+    names.append(probe_knn.name_of(TablePlan(), alone, width, plain | {"limit": 9}))
+    assert len(set(names)) == len(names)
+    stem = "knn-last-cls-final"
+    assert (names[0], names[6], names[7]) == (stem, f"{stem}-table", f"{stem}-leave-one-out")
 
 
 def test_train_alone_leaves_each_image_out(run, data):
-    name = "last-mean-final-leave-one-out"
     options = ["--leave_one_out", "true", "--ks", "[1,20,255,256]"]
-    stored = probe(run, data, *options, name=name)
-    alone = probe(run, data[:2], *options, name=name)  # without val nothing is stored
-    assert stored["table"] == alone["table"]
+    both = probe(run, data, *options)
+    alone = probe(run, data[:2], *options)
+    assert both["table"] == alone["table"]
+    assert not list((run / "probes" / "features").glob("val-*"))
     assert alone["values"]["images"] == 256
     assert [r["k"] for r in alone["table"]] == [1, 20, 255]
     assert alone["notes"] == ["k = 256: more than the bank of 256 rows allows, 1 numbers skipped"]

@@ -1,6 +1,7 @@
 """`contramask probe linear`: a grid on stored features; alone it is the linear evaluation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from contramask.cli import probe_linear, probe_linear_augmented
 from contramask.cli.probe_linear import main
 from contramask.data.examples import Images
 from contramask.data.module import ImageShards
+from contramask.probes.features import Feature
+from contramask.probes.grid_cells import Axes
+from contramask.probes.grid_rows import Share
 from contramask.probes.linear import LinearRecipe
 from contramask.training.clean_loaders import CleanImages
 from contramask.training.linear import LinearEvaluation
@@ -38,11 +42,12 @@ def run(tmp_path) -> Path:
 def probe(run, data):
     """`probe(*options)`: run the command; the result."""
 
-    def call(*options: str, name: str = "linear-last-cls-final") -> dict:
+    def call(*options: str) -> dict:
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
         sizes = ["--data.workers", "0", "--data.batch_size", "32"]
-        main([str(run), *data, *sizes, *quiet, *FEW, *options])
-        return json.loads((run / "probes" / f"{name}.json").read_text())
+        out = run / "result.json"
+        main([str(run), *data, *sizes, *quiet, *FEW, "--out", str(out), *options])
+        return json.loads(out.read_text())
 
     return call
 
@@ -57,7 +62,10 @@ def test_alone_it_is_the_linear_evaluation(probe, shards, capsys):
         images=Images(size=16, mean=tuple(MEAN), std=tuple(STD), min_side=4),
     )
     module = LinearEvaluation(
-        tiny_vit(img_size=16), recipe=RECIPE, transform="resize 18, centre crop 16"
+        tiny_vit(img_size=16),
+        recipe=RECIPE,
+        transform="resize 18, centre crop 16, normalised by mean (0.5, 0.4, 0.3), std (0.2, 0.3, "
+        "0.1)",
     )
     trainer().validate(module, datamodule=CleanImages(data, limit=90), verbose=False)
     expected = module.result
@@ -79,7 +87,7 @@ GRID = [
 
 
 def test_a_grid_has_a_row_for_each_of_its_places(probe, capsys):
-    found = probe(*GRID, name="linear-grid")
+    found = probe(*GRID)
     rows = found["grid"]
     places = {
         (r["source"], r["pool"], r["vector_norm"], r["fraction"], r["per_class"]) for r in rows
@@ -106,7 +114,7 @@ def test_a_grid_has_a_row_for_each_of_its_places(probe, capsys):
 
 
 def test_features_are_stored_and_used_again(probe, run, monkeypatch):
-    first = probe("--sources", "[last, block_00]", name="linear-grid")
+    first = probe("--sources", "[last, block_00]")
     assert list((run / "probes" / "features").glob("train-*/pass-*/manifest.json"))
 
     def read(*_) -> None:
@@ -123,8 +131,56 @@ def test_features_are_stored_and_used_again(probe, run, monkeypatch):
 def test_features_go_where_they_are_wanted(probe, run, tmp_path, cache):
     given = cache if cache == "none" else str(tmp_path / cache)
     probe("--cache", given)
-    assert [p.name for p in (run / "probes").iterdir()] == ["linear-last-cls-final.json"]
+    assert not [*(run / "probes").iterdir()] if cache == "none" else not (run / "probes").exists()
     assert (tmp_path / "elsewhere").is_dir() == (cache == "elsewhere")
+
+
+def test_two_probes_without_a_cache_have_a_folder_each_which_an_error_removes(
+    probe, run, monkeypatch
+):
+    seen = []
+
+    def broken(*_) -> None:
+        seen.extend((run / "probes").glob("features*"))
+        raise UserError("broken")
+
+    monkeypatch.setattr(probe_linear, "train", broken)
+    for _ in range(2):
+        with pytest.raises(UserError, match="broken"):
+            probe("--cache", "none")
+    assert len(seen) == len(set(seen)) == 2
+    assert not list((run / "probes").iterdir())
+
+
+def test_the_forward_is_of_the_trainers_precision_and_the_protocol_says_so(probe, run):
+    exact, mixed = (probe("--trainer.precision", p) for p in ("32-true", "bf16-mixed"))
+    assert "precision" not in exact["protocol"]
+    assert ", precision bf16-mixed; 64 val images" in mixed["protocol"]
+    assert len(list((run / "probes" / "features").glob("train-*"))) == 2
+
+
+def test_another_plan_is_another_file():
+    half, layer = Share(0.5), ("layer",)
+    several = Axes((Feature(), Feature(pool="mean")))
+    axes = [Axes(), Axes(shares=(half,)), Axes(norms=layer), Axes(recipe=RECIPE), several]
+    axes.append(replace(several, shares=(half,)))
+    plain = {"limit": None, "images": None, "precision": "32-true"}
+    names = [probe_linear.name_of(a, plain) for a in axes]
+    changes = ({"limit": 9}, {"images": {"size": 16}}, {"precision": "bf16-mixed"})
+    names += [probe_linear.name_of(Axes(), plain | c) for c in changes]
+    assert len(set(names)) == len(names)
+    assert names[0] == "linear-last-cls-final"
+    assert [i for i, name in enumerate(names) if name.startswith("linear-grid-")] == [4, 5]
+
+
+def test_the_result_lies_beside_the_run_under_that_name(run, monkeypatch, probe):
+    written = []
+    monkeypatch.setattr(probe_linear, "write_result", lambda _, out: written.append(out))
+    with pytest.raises(FileNotFoundError):
+        probe("--out", "null")
+    (out,) = written
+    assert out.parent == run / "probes"
+    assert out.name.startswith("linear-last-cls-final-")  # FEW is not the default
 
 
 def test_a_preset_is_handed_over(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 
 from contramask.checkpoints.export import export_backbone
-from contramask.cli import probe_linear_augmented
+from contramask.cli import probe_linear, probe_linear_augmented
+from contramask.cli.evaluation_suite import Entry
 from contramask.cli.probe import main as probe
-from contramask.cli.probe_linear_augmented import main
+from contramask.cli.probe_linear_augmented import main, name_of, preset_in
 from contramask.data.pack import ShardWriter
 from contramask.models.vit import VisionTransformer
+from contramask.probes.features import Feature
 from contramask.probes.presets import PRESETS
+from contramask.training.linear_augmented import LinearAugmented
 from contramask.types import UserError
 
 pytestmark = [
@@ -52,8 +57,11 @@ def run(tmp_path_factory) -> Path:
 
 
 def result(run: Path, data: list[str], preset: str, *more: str) -> dict:
+    before = set((run / "probes").glob("*.json"))
     main([str(run), "--preset", preset, *data, *QUICK, *more])
-    return json.loads((run / "probes" / f"linear-{preset}.json").read_text())
+    (path,) = set((run / "probes").glob("*.json")) - before
+    assert path.name.startswith(f"linear-{preset}-")  # of another length than the preset's
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("preset", ["mae", "dinov2", "beit"])
@@ -125,6 +133,54 @@ def test_the_word_preset_leads_here(run, data, tmp_path):
     assert found["preset"] == "mocov3"
     assert "shape 3/4 to 4/3, bilinear)" in found["protocol"]
     assert "resize 32 (bilinear)" in found["protocol"]
+
+
+def test_a_preset_in_a_yaml_leads_here_as_a_suite_has_it(run, data, shards, tmp_path):
+    out, file = tmp_path / "x.json", tmp_path / "entry.yaml"
+    entry = Entry(
+        "mae", "probe linear", {"data.train": "train", "data.val": "val"},
+        {"preset": "mae", "recipe": {"epochs": 1}, "data": {"workers": 0, "batch_size": 32}},
+    )  # fmt: skip
+    config = entry.config(shards, str(run), {"trainer": {"accelerator": "cpu"}})
+    file.write_text(yaml.safe_dump({**config, "out": str(out)}))
+    probe_linear.main(["-c", str(file)])
+    assert json.loads(out.read_text())["preset"] == "mae"
+    assert "preset" in probe_linear.build_parser().names()
+
+
+def test_the_last_preset_counts(tmp_path):
+    named, silent = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    named.write_text("preset: beit\nrun: x\n")
+    silent.write_text("run: x\n")
+    for words, found in (
+        (["run"], None),
+        (["run", "-c", str(silent)], None),
+        (["run", f"--config={named}"], "beit"),
+        (["-c", str(named), "--preset", "mae"], "mae"),
+        (["--preset=mae", "-c", str(named), "-c", str(silent)], "beit"),
+        (["-c", str(tmp_path / "missing.yaml"), "--preset", "mae"], "mae"),
+        (["run", "--preset"], ""),
+    ):
+        assert preset_in(words) == found
+
+
+def test_changes_of_a_preset_are_other_files(run):
+    backbone = VisionTransformer("vit_tiny_patch16_224", img_size=32, patch_size=16)
+    plain = PRESETS["mae"].recipe
+
+    def name(recipe=plain, images=None, precision="32-true", pool="cls") -> str:
+        module = LinearAugmented(
+            backbone, recipe=recipe, features=(Feature(pool=pool),), classes=2, samples=9,
+            batch_size=3,
+        )  # fmt: skip
+        return name_of("mae", module, {"images": images, "precision": precision})
+
+    names = [
+        name(), name(replace(plain, epochs=1)), name(images={"size": 16}),
+        name(precision="bf16-mixed"), name(pool="mean"),
+    ]  # fmt: skip
+    assert names[0] == "linear-mae"
+    assert len(set(names)) == len(names)
 
 
 class Stopped(Exception):

@@ -11,6 +11,7 @@ from contramask.cli.probing import (
     images_of,
     is_share,
     make_trainer,
+    normalised,
     open_model,
     parts_of,
     positional,
@@ -112,10 +113,19 @@ def test_a_model_says_what_goes_into_its_results(tmp_path):
     assert opened.about["step"] == 9
     assert opened.about["net"] == "teacher"
     assert len(opened.about["backbone"]) == 64
-    assert opened.transform == "resize 18, centre crop 16"
+    as_fed = "normalised by mean (0.4, 0.5, 0.6), std (0.3, 0.2, 0.25)"
+    assert opened.transform == f"resize 18, centre crop 16, {as_fed}"
     assert opened.folder == tmp_path / "run" / "probes"
     assert not any(p.requires_grad for p in opened.backbone.parameters())
-    assert open_model(str(tmp_path / "run")).transform == "resize 30, centre crop 24"
+    plain = open_model(str(tmp_path / "run"))
+    assert plain.transform == f"resize 30, centre crop 24, {as_fed}"
+
+
+def test_a_transform_says_how_images_are_normalised_where_that_is_not_imagenets():
+    assert normalised(Images(size=16)) == ""
+    fed = Images(mean=(0.5, 0.5, 0.25), std=(0.229, 0.224, 0.225))
+    told = ", normalised by mean (0.5, 0.5, 0.25), std (0.229, 0.224, 0.225)"
+    assert normalised(fed) == told
 
 
 def test_names_of_shares():

@@ -4,7 +4,6 @@ Several metrics, cleanings of the features and numbers of neighbours are read of
 `--table true` asks for all of them.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from contramask import __version__
+from contramask.cli.features_cache import add_cache, cached
 from contramask.cli.parser import Parser
-from contramask.cli.probe_linear import cached
 from contramask.cli.probing import (
     Opened,
     add_feature,
@@ -29,16 +28,16 @@ from contramask.cli.probing import (
     show_result,
     write_result,
 )
+from contramask.cli.result_name import result_name, words_of
 from contramask.data.module import ImageShards
 from contramask.functional.search import Metric
+from contramask.probes.evaluation import SPLITS
 from contramask.probes.features import Feature
 from contramask.probes.knn_plan import TablePlan, WeightsWord, standard_cleanings
 from contramask.probes.parts import Parts
-from contramask.probes.store import Bank
 from contramask.probes.store_files import identity
-from contramask.training.clean_loaders import CleanImages
-from contramask.training.knn import KNNEvaluation, Nothing
 from contramask.training.knn_search import KNNSearch
+from contramask.training.precision import in_words
 from contramask.training.stored import stored_features
 
 
@@ -51,12 +50,11 @@ def main(argv: Sequence[str]) -> None:
     parts = parser.build(config)
     trainer = make_trainer(parts.trainer.as_dict())
     parts.data.images = opened.images
-    out = config.out or opened.folder / f"{name_of(plan, feature)}.json"
+    others = {"limit": config.limit, "images": config.images, "precision": trainer.precision}
+    name = name_of(plan, feature, feature.width(opened.backbone.spec), others)
+    out = config.out or opened.folder / f"{name}.json"
     unfinished = out.with_name(f"{out.name}.parts")
-    if plan.leave_one_out and not parts.data.patterns["val"]:
-        found = in_memory(opened, feature, plan, trainer, parts.data, config.limit)
-    else:
-        found = from_disk(opened, feature, plan, trainer, parts.data, config, unfinished)
+    found = from_disk(opened, feature, plan, trainer, parts.data, config, unfinished)
     result = {"probe": "knn", **opened.about, **found}
     if trainer.is_global_zero:
         write_result(result, out)
@@ -96,14 +94,9 @@ def build_parser() -> Parser:
         "--leave_one_out",
         type=bool,
         default=False,
-        help="train is queries and bank, each image without itself; without data.val features are "
-        "not stored",
+        help="train is queries and bank, each image without itself; data.val is not looked at",
     )
-    parser.add_argument(
-        "--cache",
-        type=str | None,
-        help="where features are kept; default RUN/probes/features; none: nowhere",
-    )
+    add_cache(parser)
     return parser
 
 
@@ -121,35 +114,16 @@ def plan_of(config: Namespace, width: int) -> TablePlan:
     )
 
 
-def name_of(plan: TablePlan, feature: Feature) -> str:
-    """Of the file of the result."""
-    name = f"knn-{str(feature).replace('/', '-').replace('+', '-')}"
+def name_of(plan: TablePlan, feature: Feature, width: int, others: Mapping[str, Any]) -> str:
+    """Of the file of the result. `others`: what a number hangs on beside the plan."""
+    stem, default = f"knn-{words_of(feature)}", TablePlan()
     if len(plan.metrics) * len(plan.cleanings) > 1:
-        name += "-table"
-    return name + "-leave-one-out" * plan.leave_one_out
-
-
-def in_memory(
-    opened: Opened,
-    feature: Feature,
-    plan: TablePlan,
-    trainer: pl.Trainer,
-    data: ImageShards,
-    limit: int | None,
-) -> dict[str, Any]:
-    """The result for train alone, read once and not stored."""
-    evaluation = KNNEvaluation(
-        opened.backbone, **asdict(plan), feature=feature, transform=opened.transform
-    )
-    trainer.validate(evaluation, datamodule=TrainAlone(data, limit=limit), verbose=False)
-    return evaluation.result
-
-
-class TrainAlone(CleanImages):
-    """The images of train, and a val that has none."""
-
-    def val_dataloader(self) -> list[Any]:
-        return [self.data.clean_dataloader("train", self.limit), Nothing()]
+        default = TablePlan(metrics=get_args(Metric), cleanings=standard_cleanings(width))
+        stem += "-table"
+    stem += "-leave-one-out" * plan.leave_one_out
+    default = vars(default) | {"limit": None, "images": None, "precision": "32-true"}
+    default |= {"leave_one_out": plan.leave_one_out}
+    return result_name(stem, {**vars(plan), **others}, default)
 
 
 def from_disk(
@@ -171,34 +145,23 @@ def from_disk(
             folder=folder,
             limit=config.limit,
             transform=opened.transform,
+            splits=SPLITS[:1] if plan.leave_one_out else SPLITS,
         )
-        val = None if plan.leave_one_out else banks["val"]
         content = {
             "version": __version__,
-            "backbone": opened.about["backbone"],
             "feature": str(feature),
-            "transform": opened.transform,
             "plan": {k: v for k, v in asdict(plan).items() if k != "cleanings"},
-            "banks": [digest(bank) for bank in banks.values()],
+            "banks": [bank.origin for bank in banks.values()],
         }
         search = KNNSearch(
             banks["train"],
-            val,
+            banks.get("val"),
             feature,
             plan,
             parts=lambda: Parts(unfinished, identity(content)),
         )
         trainer.validate(search, verbose=False)
-        return search.result(f"{feature.about()}, {opened.transform}")
-
-
-def digest(bank: Bank) -> list[int]:
-    """Which images a bank holds."""
-    return [
-        len(bank),
-        zlib.crc32("\n".join(bank.keys).encode()),
-        zlib.crc32(bank.y.numpy().tobytes()),
-    ]
+        return search.result(f"{feature.about()}, {opened.transform}{in_words(trainer)}")
 
 
 def show_table(result: Mapping[str, Any]) -> None:

@@ -3,11 +3,9 @@
 Several sources, pools, norms and shares of the labels are trained at once: a grid.
 """
 
-import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -17,9 +15,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from contramask.cli import probe_linear_augmented
+from contramask.cli.features_cache import add_cache, cached
 from contramask.cli.parser import Parser
+from contramask.cli.probe_linear_augmented import preset_in
 from contramask.cli.probing import (
-    Opened,
     make_trainer,
     open_model,
     positional,
@@ -27,13 +26,16 @@ from contramask.cli.probing import (
     show_result,
     write_result,
 )
+from contramask.cli.result_name import result_name, words_of
 from contramask.probes.features import Feature, Norm, Pool
 from contramask.probes.grid import LinearGrid
 from contramask.probes.grid_cells import Axes, missing_classes
 from contramask.probes.grid_heads import VectorNorm
 from contramask.probes.grid_rows import Share
 from contramask.probes.linear import LinearRecipe
+from contramask.probes.presets import PRESETS
 from contramask.probes.store import Bank
+from contramask.training.precision import in_words
 from contramask.training.stored import stored_features
 from contramask.types import UserError
 
@@ -42,7 +44,7 @@ T = TypeVar("T")
 
 def main(argv: Sequence[str]) -> None:
     """Probe; print the result and write it beside the run."""
-    if any(argument.startswith("--preset") for argument in argv):
+    if preset_in(argv) is not None:
         probe_linear_augmented.main(argv)
         return
     parser = build_parser()
@@ -64,12 +66,11 @@ def main(argv: Sequence[str]) -> None:
         )
         grid = train(banks["train"], banks["val"], axes, parts.data.num_classes, trainer)
     notes = [*missing_classes(banks["train"], banks["val"]), *grid.notes]
-    result = {"probe": "linear", **opened.about, **summary(grid, opened.transform), "notes": notes}
+    found = summary(grid, f"{opened.transform}{in_words(trainer)}")
+    result = {"probe": "linear", **opened.about, **found, "notes": notes}
     if trainer.is_global_zero:
-        name = str(axes.features[0]).replace("/", "-").replace("+", "-")
-        out = (
-            config.out or opened.folder / f"linear-{name if len(grid.cells) == 1 else 'grid'}.json"
-        )
+        others = {"limit": config.limit, "images": config.images, "precision": trainer.precision}
+        out = config.out or opened.folder / f"{name_of(axes, others)}.json"
         write_result(result, out)
         show_grid(result)
         show_result(result, out)
@@ -78,7 +79,12 @@ def main(argv: Sequence[str]) -> None:
 def build_parser() -> Parser:
     """The options."""
     parser = probe_parser("linear", __doc__)
-    parser.epilog = "With --preset NAME: an official protocol, trained on augmented images."
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        help="an official protocol, trained on augmented images, with options of its own: "
+        f"{', '.join(PRESETS)}",
+    )
     parser.add_argument(
         "--sources", type=list[str] | str, default="last", help="last, last4, block_07; several"
     )
@@ -93,11 +99,7 @@ def build_parser() -> Parser:
         "--fractions", type=list[float] | float | None, help="of the labels; default: all of them"
     )
     parser.add_argument("--per_class", type=list[int] | int | None, help="labels of each class")
-    parser.add_argument(
-        "--cache",
-        type=str | None,
-        help="where features are kept; default RUN/probes/features; none: nowhere",
-    )
+    add_cache(parser)
     parser.add_class_arguments(LinearRecipe, "recipe")
     return parser
 
@@ -122,23 +124,20 @@ def axes_of(config: Namespace, recipe: LinearRecipe) -> Axes:
     )
 
 
+def name_of(axes: Axes, others: Mapping[str, Any]) -> str:
+    """Of the file of the result. `others`: what a number hangs on beside the axes."""
+    plain = Axes(axes.features[:1])
+    grid = len(axes.inputs) * len(axes.shares) > 1
+    default = {**vars(plain), "limit": None, "images": None, "precision": "32-true"}
+    stem = f"linear-{'grid' if grid else words_of(axes.features[0])}"
+    return result_name(stem, {**vars(axes), **others}, default)
+
+
 def several(given: list[T] | T | None) -> list[T]:
     """One or several values as a list."""
     if given is None:
         return []
     return given if isinstance(given, list) else [given]
-
-
-@contextmanager
-def cached(cache: str | None, opened: Opened, trainer: pl.Trainer) -> Generator[Path]:
-    """The folder of the features; `none`: one that is removed afterwards."""
-    if cache is None or cache.lower() != "none":
-        yield Path(cache) if cache else opened.folder / "features"
-        return
-    folder = opened.folder / "features-of-one-probe"
-    yield folder
-    if trainer.is_global_zero:
-        shutil.rmtree(folder)
 
 
 def train(train: Bank, val: Bank, axes: Axes, known: int, trainer: pl.Trainer) -> LinearGrid:

@@ -5,12 +5,14 @@ A stopped probe goes on where it was when the same command is given again.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from contramask.callbacks.checkpoint import Checkpoints
@@ -23,6 +25,7 @@ from contramask.callbacks.progress import Progress
 from contramask.checkpoints.files import newest
 from contramask.cli.parser import Parser
 from contramask.cli.probing import (
+    normalised,
     open_model,
     positional,
     probe_parser,
@@ -30,6 +33,7 @@ from contramask.cli.probing import (
     write_result,
 )
 from contramask.cli.quiet import settle
+from contramask.cli.result_name import result_name
 from contramask.data.module import ImageShards
 from contramask.probes.features import Feature
 from contramask.probes.linear import LinearRecipe
@@ -44,7 +48,9 @@ _OURS = ("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time")
 
 def main(argv: Sequence[str]) -> None:
     """Train heads on augmented views, or go on; print the result and write it beside the run."""
-    name = _name_of(argv)
+    name = preset_in(argv)
+    if not name:
+        raise UserError(f"linear probe: --preset needs a name; there are {', '.join(PRESETS)}")
     preset = preset_of(name)
     parser = build_parser(preset)
     config = parser.parse_args(positional(argv))
@@ -67,17 +73,17 @@ def main(argv: Sequence[str]) -> None:
         digest=opened.about["backbone"],
         images=repr((asdict(parts.data.images), images.views, images.clean)),
     )
-    out = config.out or opened.folder / f"linear-{name}.json"
     checkpoints = Checkpoints(every=config.every, keep=0)
     trainer = _trainer(parts.trainer.as_dict(), checkpoints)
+    others = {"images": config.images, "precision": trainer.precision}
+    out = config.out or opened.folder / f"{name_of(name, module, others)}.json"
     folder = out.parent / f".{out.stem}-{module.settings(trainer)[:12]}"
     checkpoints.folder = folder / "checkpoints"
     _fit(trainer, module, images, folder)
     trainer.test(module, datamodule=images, verbose=False)
     if trainer.is_global_zero:
-        told = protocol(name, preset, module, images, precision=str(trainer.precision))
         result = {"probe": "linear", "preset": name, **opened.about, **module.result}
-        result["protocol"] = told
+        result["protocol"] = protocol(name, preset, module, images, trainer.precision)
         write_result(result, out)
         shutil.rmtree(folder, ignore_errors=True)  # the result is there
         show_result(result, out)
@@ -121,13 +127,21 @@ def build_parser(preset: LinearPreset) -> Parser:
     return parser
 
 
+def name_of(name: str, module: LinearAugmented, others: Mapping[str, Any]) -> str:
+    """Of the file of the result. `others`: what a number hangs on beside heads and batch."""
+    preset = preset_of(name)
+    features = preset.features(module.backbone.spec)
+    default = {"recipe": preset.recipe, "features": features, "images": None}
+    plan = {"recipe": module.recipe, "features": module.features, **others}
+    return result_name(f"linear-{name}", plan, {**default, "precision": "32-true"})
+
+
 def protocol(
     name: str,
     preset: LinearPreset,
     module: LinearAugmented,
     images: AugmentedImages,
-    *,
-    precision: str,
+    precision: object,
 ) -> str:
     """All that is needed to redo the number, in one line."""
     recipe, training = module.recipe, module.result["training"]
@@ -158,20 +172,36 @@ def protocol(
         f"weights start normal with std {recipe.init_std:g}, biases at 0, seed {recipe.seed}; "
         f"{chosen}{Feature.parse(module.result['feature']).about()}, rate {value['rate']:g}; "
         f"backbone in eval mode, precision {precision}; train: {images.views}; val: "
-        f"{images.clean}; {value['images']} val images, after the last step; "
-        f"changed: {'; '.join(changed) or 'nothing'}; the authors' code differs: "
+        f"{images.clean}{normalised(images.data.images)}; {value['images']} val images, after "
+        f"the last step; changed: {'; '.join(changed) or 'nothing'}; the authors' code differs: "
         f"{'; '.join(preset.differs)}"
     )
 
 
-def _name_of(argv: Sequence[str]) -> str:
-    """The preset, which decides the defaults of other options."""
-    for i, word in enumerate(argv):
-        if word.startswith("--preset="):
-            return word.partition("=")[2]
-        if word == "--preset" and i + 1 < len(argv):
-            return argv[i + 1]
-    raise UserError(f"linear probe: --preset needs a name; there are {', '.join(PRESETS)}")
+def preset_in(argv: Sequence[str]) -> str | None:
+    """The preset of a command line or its YAML files, which decides the defaults of other options.
+
+    The last one counts; None where there is none, empty where its name is missing.
+    """
+    found, words = None, [*argv, ""]
+    for word, following in pairwise(words):
+        option, equals, value = word.partition("=")
+        value = value if equals else following
+        if option == "--preset":
+            found = value
+        elif option in ("-c", "--config"):
+            found = _preset_of_file(Path(value), found)
+    return found
+
+
+def _preset_of_file(path: Path, otherwise: str | None) -> str | None:
+    """A file that cannot be read is named by the parser."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return otherwise
+    given = content.get("preset", otherwise) if isinstance(content, dict) else otherwise
+    return None if given is None else str(given)
 
 
 def _check_length(trainer: dict[str, Any]) -> None:

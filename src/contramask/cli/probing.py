@@ -17,6 +17,7 @@ from contramask.cli.parser import Parser
 from contramask.cli.quiet import settle
 from contramask.data.examples import Images
 from contramask.data.module import ImageShards
+from contramask.data.views import IMAGENET_MEAN, IMAGENET_STD
 from contramask.models.backbone import Backbone
 from contramask.models.digest import digest_of
 from contramask.probes.features import Feature, Norm, Pool
@@ -123,6 +124,14 @@ def positional(argv: Sequence[str]) -> list[str]:
     return ["--run", *given] if given and not given[0].startswith("-") else given
 
 
+def normalised(images: Images) -> str:
+    """The end of a transform's words: `, normalised by ...`; nothing where that is ImageNet's."""
+    if (images.mean, images.std) == (IMAGENET_MEAN, IMAGENET_STD):
+        return ""
+    mean, std = (f"({', '.join(f'{x:g}' for x in row)})" for row in (images.mean, images.std))
+    return f", normalised by mean {mean}, std {std}"
+
+
 @dataclass
 class Opened:
     """A model, ready to be probed.
@@ -144,7 +153,7 @@ class Opened:
         """How an image becomes the clean view, for a protocol."""
         size = self.images.size
         resize = self.images.resize or round(size * 8 / 7)
-        return f"resize {resize}, centre crop {size}"
+        return f"resize {resize}, centre crop {size}{normalised(self.images)}"
 
     @property
     def folder(self) -> Path:

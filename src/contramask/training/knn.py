@@ -26,7 +26,9 @@ class KNNEvaluation(pl.LightningModule):
     Runs under `Trainer.validate` with two loaders of clean batches, train and val, each giving
     every rank its part of the images. Lightning calls it validation because nothing is trained.
     Each rank keeps its own features of train; see `Scores` for how they are searched. Of equally
-    near images the one that came first is nearer, those of the first rank before others.
+    near images the one that came first is nearer, those of the first rank before others: where
+    there are such images, another number of ranks may vote otherwise. `KNNSearch` counts rows as
+    they are stored, whatever the ranks.
 
     Attributes:
         result: after the run, `values` (`k20_top1`, ..., fractions, of the first metric and
