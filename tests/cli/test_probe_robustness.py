@@ -84,7 +84,8 @@ def test_degradations_of_a_model(run, shards, tmp_path, capsys):
         half.rename(half.with_name(half.name.replace("mine", "again")))
     probe(run, *options, "--out", again, "--beside", f"[{out}]")
     assert json.loads(again.read_text()) == result
-    assert f"{Path(run).parent.name}/tiny" in again.with_suffix(".svg").read_text()  # two models of one name
+    named = f"{Path(run).parent.name}/tiny"  # two models of one name
+    assert named in again.with_suffix(".svg").read_text()
 
 
 @pytest.mark.parametrize("indexed", [True, False])
