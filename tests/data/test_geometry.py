@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
@@ -81,6 +81,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     width=st.integers(1, 700),
     low=st.floats(0.001, 1.0),
 )
+@example(n=10372, height=1, width=4, low=0.25)  # at the edge, and rounded to a place behind it
 def test_boxes_lie_inside_the_image(n, height, width, low):
     u = uniforms(n, count=geometry.UNIFORMS)
     box = geometry.draw_box(u, height, width, scale=(low, 1.0), ratio=RATIO, flip=0.5)

@@ -66,15 +66,12 @@ def draw_box(
 
 def shrunk(box: Box, factor: int, height: int, width: int) -> Box:
     """The box in an image of height x width that is `factor` times smaller, to whole pixels."""
-    top, left = round(box.top / factor), round(box.left / factor)
+    # A box at the far edge may be rounded to a place behind it.
+    top = min(round(box.top / factor), height - 1)
+    left = min(round(box.left / factor), width - 1)
     bottom = min(max(round((box.top + box.height) / factor), top + 1), height)
     right = min(max(round((box.left + box.width) / factor), left + 1), width)
-    return box._replace(
-        top=min(top, bottom - 1),
-        left=min(left, right - 1),
-        height=bottom - top,
-        width=right - left,
-    )
+    return box._replace(top=top, left=left, height=bottom - top, width=right - left)
 
 
 def cut(
