@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from contramask.callbacks.cadence import Cadence
+from contramask.callbacks.telling import tell
 from contramask.distributed import mean
 from contramask.models.backbone import Backbone
 from contramask.probes.evaluation import SPLITS, CleanData, TrainAndVal
@@ -139,14 +140,7 @@ class OnlineProbes(pl.Callback):
         # Ranks agree to the last digit, as a monitored value must.
         agreed = mean(torch.tensor(list(values.values()), device=pl_module.device)).tolist()
         values = dict(zip(values, agreed, strict=True))
-        # To the loggers by hand: Lightning would send the value at the next multiple of
-        # log_every_n_steps, and the same old value again at every one after that.
-        for name, value in values.items():
-            pl_module.log(name, value, logger=False, on_step=True, on_epoch=False, batch_size=1)
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
-                logger.save()
+        tell(trainer, pl_module, values)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 
 from contramask.callbacks.cadence import Cadence
 from contramask.callbacks.online_probes import clean_data, undisturbed
+from contramask.callbacks.telling import tell
 from contramask.training.finetuning import FineTuning
 from contramask.training.scoring import score
 from contramask.types import UserError
@@ -65,14 +66,7 @@ class Validation(pl.Callback):
             found = score(module.nets, batches, module.classifier.classes, module.device)
         self.values, self.step = found, trainer.global_step
         shown = {f"val/{k}": float(v) for k, v in found.items() if k != "images"}
-        # To the loggers by hand: Lightning would send the value at the next multiple of
-        # log_every_n_steps, and the same old value again at every one after that.
-        for name, value in shown.items():
-            module.log(name, value, logger=False, on_step=True, on_epoch=False, batch_size=1)
-        seconds = {"val/seconds": time.perf_counter() - start}
-        for logger in trainer.loggers:
-            logger.log_metrics({**shown, **seconds}, step=trainer.global_step)
-            logger.save()
+        tell(trainer, module, shown, {"val/seconds": time.perf_counter() - start})
         if bar is not None:
             bar.on_validation_end(trainer, module)
 
